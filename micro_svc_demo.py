@@ -1,0 +1,1916 @@
+#!/usr/bin/env python3
+r"""A user-profile microservice: HTTP in front of Couchbase, on the standard library and the Couchbase SDK.
+
+The file reads from top to bottom: settings, log, problems, the HTTP/1.1 parser, tokens, the store (Couchbase), the
+handler (routes), the server (event loop and workers), and `main`, which ties them together.
+
+The way of a request: the event loop reads it, a worker answers it, and whoever finishes last writes it::
+
+    sockets -> event loop -> local queue      -> 1 worker: probes, errors, whatever needs no Couchbase
+                          -> documents queue  -> few workers: all that waits becomes one batch, one get_multi
+                                  \-> queries queue -> THREADS workers: one SQL++ statement each
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import contextlib
+import errno
+import hmac
+import itertools
+import json
+import os
+import queue
+import random
+import re
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import quote, unquote_to_bytes
+
+from couchbase import exceptions as cb
+from couchbase.auth import PasswordAuthenticator
+from couchbase.cluster import Cluster
+from couchbase.n1ql import QueryScanConsistency
+from couchbase.options import (
+    ClusterOptions,
+    ClusterTimeoutOptions,
+    QueryOptions,
+    TLSVerifyMode,
+)
+from couchbase.serializer import Serializer
+from couchbase.subdocument import get as path_get
+from couchbase.transcoder import RawJSONTranscoder
+
+__version__ = "1.0.0"
+
+# ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# One row a setting: environment variable, flag, default, check and help all come from the fields of `Settings`.
+
+
+class SettingsError(Exception):
+    """A setting is missing or has a value that is not allowed; the message is one line for the operator."""
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(text)
+        return int(text)
+
+    return parse
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in allowed:
+            raise ValueError(text)
+        return text.lower()
+
+    return parse
+
+
+def _matching(pattern: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(text)
+        return text
+
+    return parse
+
+
+def _boolean(text: str) -> bool:
+    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+
+
+def _file(text: str) -> str:
+    if not os.access(text, os.R_OK) or os.path.isdir(text):
+        raise ValueError(text)
+    return text
+
+
+def _metrics_port(text: str) -> int | None:
+    return None if text.lower() == "off" else _integer(0, 65535)(text)
+
+
+REQUIRED = object()
+
+
+def _setting(
+    env: str, default: object, allowed: str, meaning: str, parse: Callable[[str], object], *, flag: bool = True
+) -> Any:
+    """Describe one setting: its field's metadata is all that `read_settings`, `--help` and README's table need."""
+    name = "--" + env.lower().removeprefix("service_").replace("_", "-") if flag else None
+    return field(
+        metadata={
+            "env": env,
+            "default": default,
+            "allowed": allowed,
+            "meaning": meaning,
+            "parse": parse,
+            "flag": name,
+        }
+    )
+
+
+_HOST = r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]"
+_HOSTS = rf"(?:{_HOST})(?::[0-9]{{1,5}})?(?:,(?:{_HOST})(?::[0-9]{{1,5}})?)*"
+_COUCHBASE_NAME = r"[A-Za-z0-9_%.-]{1,251}"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator can choose; every value is checked before anything starts."""
+
+    # fmt: off
+    couchbase_host: str = _setting(
+        "COUCHBASE_HOST", REQUIRED, "host[:port], several with commas, or couchbase[s]://…",
+        "the cluster", _matching(rf"{_HOSTS}|couchbases?://{_HOSTS}/?(?:\?[!-~]*)?"))
+    couchbase_user: str = _setting(
+        "COUCHBASE_USER", REQUIRED, "a user name", "who asks", _matching(r"[^\x00-\x1f\x7f]{1,128}"))
+    couchbase_password: str = _setting(
+        "COUCHBASE_PASSWORD", None, "text", "that user's password", _matching(r"[^\x00]{1,1024}"), flag=False)
+    couchbase_password_file: str | None = _setting(
+        "COUCHBASE_PASSWORD_FILE", None, "a readable file", "the file with the password instead", _file)
+    couchbase_bucket: str = _setting(
+        "COUCHBASE_BUCKET", "sample_app", "a bucket's name", "the bucket", _matching(_COUCHBASE_NAME))
+    couchbase_scope: str = _setting(
+        "COUCHBASE_SCOPE", "profiles", "a scope's name", "the scope of the collections", _matching(_COUCHBASE_NAME))
+    couchbase_tls: bool = _setting(
+        "COUCHBASE_TLS", "true", "true or false", "TLS to Couchbase, unless the host is a whole URL", _boolean)
+    couchbase_tls_ca: str | None = _setting(
+        "COUCHBASE_TLS_CA", None, "a readable PEM file", "the only roots to trust", _file)
+    couchbase_tls_verify: bool = _setting(
+        "COUCHBASE_TLS_VERIFY", "true", "true or false", "whether certificates are verified", _boolean)
+    couchbase_network: str = _setting(
+        "COUCHBASE_NETWORK", "auto", "auto, default or external",
+        "which of the nodes' addresses to use", _choice("auto", "default", "external"))
+    couchbase_timeout_ms: int = _setting(
+        "COUCHBASE_TIMEOUT_MS", "2500", "10 to 60000", "time-out of a key-value operation", _integer(10, 60_000))
+    couchbase_query_timeout_ms: int = _setting(
+        "COUCHBASE_QUERY_TIMEOUT_MS", "5000", "10 to 120000", "time-out of a query", _integer(10, 120_000))
+    port: int = _setting(
+        "SERVICE_PORT", "8080", "0 to 65535", "where the API listens; 0 picks a free port", _integer(0, 65_535))
+    metrics_port: int | None = _setting(
+        "METRICS_PORT", "9090", "0 to 65535, or off", "where /metrics and the probes listen", _metrics_port)
+    workers: int = _setting("WORKERS", "1", "1 to 64", "processes", _integer(1, 64))
+    threads: int = _setting("THREADS", "8", "1 to 256", "query workers a process", _integer(1, 256))
+    max_connections: int = _setting(
+        "MAX_CONNECTIONS", "10000", "1 to 1000000", "clients a process", _integer(1, 1_000_000))
+    token_refresh_seconds: int = _setting(
+        "TOKEN_REFRESH_SECONDS", "30", "1 to 86400", "how often the token is read again", _integer(1, 86_400))
+    shutdown_seconds: int = _setting(
+        "SHUTDOWN_SECONDS", "20", "0 to 3600", "how long running requests may take to finish", _integer(0, 3600))
+    log_level: str = _setting(
+        "LOG_LEVEL", "info", "debug, info, warning or error",
+        "the least level that is logged", _choice("debug", "info", "warning", "error"))
+    access_log: bool = _setting("ACCESS_LOG", "true", "true or false", "a log line a request", _boolean)
+    # fmt: on
+
+    @property
+    def connection_string(self) -> str:
+        """The cluster as the SDK takes it. A whole URL wins over `COUCHBASE_TLS`."""
+        if "://" in self.couchbase_host:
+            return self.couchbase_host
+        return f"couchbase{'s' if self.couchbase_tls else ''}://{self.couchbase_host}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
+
+
+def read_settings(argv: Sequence[str], environ: Mapping[str, str], description: str | None = __doc__) -> Settings:
+    """Read every setting: a flag wins over the environment, the environment over the default; empty means not set.
+
+    Args:
+        argv: the command line without the program's name.
+        environ: the environment.
+        description: what `--help` says first.
+
+    Raises:
+        SettingsError: for the first setting that is missing or has a value that is not allowed.
+        SystemExit: after `--help` and `--version`.
+    """
+    rows = [(row.name, dict(row.metadata)) for row in fields(Settings)]
+    parser = _Parser(
+        description=(description or "").partition("\n")[0],
+        epilog="Flags win over the environment. COUCHBASE_PASSWORD comes from the environment or a file only.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    for name, row in rows:
+        if row["flag"]:
+            default = "required" if row["default"] is REQUIRED else f"default {row['default'] or 'none'}"
+            summary = f"{row['env']}: {row['meaning']} ({row['allowed']}; {default})"
+            parser.add_argument(row["flag"], dest=name, metavar="X", help=summary.replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    values: dict[str, Any] = {}
+    for name, row in rows:
+        text: Any = given.get(name)
+        if text is None:  # an empty flag is a mistake; an empty variable is how YAML and shells say "not set"
+            text = environ.get(row["env"]) or row["default"]
+        where = f"{row['env']} ({row['flag']})" if row["flag"] else row["env"]
+        if text is REQUIRED:
+            raise SettingsError(f"{where} is missing; allowed: {row['allowed']}")
+        if text is None:
+            values[name] = None
+            continue
+        try:
+            values[name] = row["parse"](text)
+        except (ValueError, KeyError):
+            shown = f"{text[:60]!r} is not allowed" if row["flag"] else "its value is not allowed"
+            raise SettingsError(f"{where}: {shown}; allowed: {row['allowed']}") from None
+    return _with_password(Settings(**values))
+
+
+def _with_password(settings: Settings) -> Settings:
+    """Take the password from its file, where one is named."""
+    path = settings.couchbase_password_file
+    if bool(path) == bool(settings.couchbase_password):
+        what = "are both set" if path else "are both missing"
+        raise SettingsError(f"COUCHBASE_PASSWORD and COUCHBASE_PASSWORD_FILE {what}; allowed: one of the two")
+    if not path:
+        return settings
+    try:
+        with open(path, encoding="utf-8") as file:
+            password = file.read(4096).rstrip("\r\n")
+    except (OSError, ValueError):
+        password = ""
+    if not password:
+        raise SettingsError(
+            "COUCHBASE_PASSWORD_FILE: no password in it; allowed: a readable file with one line of text"
+        )
+    return replace(settings, couchbase_password=password)
+
+
+# ── Log ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class SecondClock:
+    """Wall-clock texts that are made once a second, because formatting a date costs more than parsing a request."""
+
+    def __init__(self) -> None:
+        self._made: tuple[int, bytes, str] = (-1, b"", "")
+
+    def _texts(self, second: int) -> tuple[int, bytes, str]:
+        made = self._made
+        if made[0] != second:
+            # one assignment of a whole tuple: other threads see the old texts or the new ones, never a mixture
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            made = self._made = (second, formatdate(second, usegmt=True).encode(), stamp)
+        return made
+
+    def http_date(self) -> bytes:
+        """Return now as an IMF-fixdate (RFC 9110, 5.6.7)."""
+        return self._texts(int(time.time()))[1]
+
+    def rfc3339(self) -> str:
+        """Return now as RFC 3339 in UTC with milliseconds."""
+        now = time.time()
+        return f"{self._texts(int(now))[2]}.{int(now % 1 * 1000):03d}Z"
+
+
+CLOCK = SecondClock()
+
+
+class Log:
+    """JSON lines on standard output: one an event, one an answered request."""
+
+    LEVELS = ("debug", "info", "warning", "error")
+
+    def __init__(self, level: str = "info", *, access: bool = True, descriptor: int = 1, worker: int = 0) -> None:
+        self.access = access and level in {"debug", "info"}
+        self.worker = worker
+        self._descriptor = descriptor
+        self._least = self.LEVELS.index(level)
+
+    def event(self, level: str, message: str, **details: object) -> None:
+        """Write one event; `details` become members. Values are escaped by JSON, so none can forge a line."""
+        if self.LEVELS.index(level) >= self._least:
+            line = {"time": CLOCK.rfc3339(), "level": level, "message": message, "worker": self.worker, **details}
+            self.lines([json.dumps(line, default=str) + "\n"])
+
+    def lines(self, lines: list[str]) -> None:
+        """Write whole lines with one system call; a log that is gone (closed pipe) stops nobody."""
+        if lines:
+            with contextlib.suppress(OSError):
+                os.write(self._descriptor, "".join(lines).encode())
+
+
+def describe(error: BaseException) -> str:
+    """Name an exception for the log. `str()` of some SDK exceptions raises one of its own: the class is enough then."""
+    try:
+        text = str(error)
+    except Exception:  # whatever it is, the class is still worth logging
+        text = "no description"
+    return f"{type(error).__name__}: {text[:1000]}"
+
+
+# ── Problems ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ProblemError(Exception):
+    """Raised anywhere while a request is answered, and answered in one place as a problem document (RFC 9457)."""
+
+    def __init__(self, status: int, detail: str, *headers: str, reasons: Sequence[str] = ()) -> None:
+        """Make a problem.
+
+        Args:
+            status: the HTTP status.
+            detail: what went wrong, for the caller; never a secret, never another's data.
+            *headers: whole header fields (`Name: value`) that belong to this status.
+            reasons: further explanations, a member of their own.
+        """
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.headers = headers
+        self.reasons = reasons
+
+    def document(self, request_id: str) -> bytes:
+        """Return the body of the answer."""
+        members: dict[str, object] = {
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "request_id": request_id,
+        }
+        if self.reasons:
+            members["reasons"] = self.reasons
+        return json.dumps(members).encode()
+
+
+def unavailable(detail: str, *, seconds: int = 1, reasons: Sequence[str] = ()) -> ProblemError:
+    """Return a 503 that tells the caller when to come back (RFC 9110, 10.2.3)."""
+    return ProblemError(503, detail, f"Retry-After: {seconds}", reasons=reasons)
+
+
+# ── HTTP/1.1 messages (RFC 9112) ──────────────────────────────────────────────────────────────────────────────────────
+
+MAX_TARGET_BYTES = 8192
+MAX_HEAD_BYTES = 16384
+MAX_FIELDS = 100
+MAX_BODY_BYTES = 65536
+_END_OF_HEAD = b"\r\n\r\n"
+
+# Possessive quantifiers (`++`, `*+`) keep every match linear: no input makes the engine go back.
+_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+_FIELD = rf"({_NAME}):[ \t]*+([\t -~\x80-\xff]*+)\r\n"
+_REQUEST_LINE = re.compile(r"(?:\r\n)?([A-Z][A-Z0-9_-]{0,31}) ([!-\"$-~]++) HTTP/1\.([01])\r\n")
+_FIELD_LINE = re.compile(_FIELD)
+_FIELD_LINES = re.compile(f"(?:{_FIELD})*+\r\n")
+_BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
+_AUTHORITY = re.compile(rf"(?:{_HOST})(?::[0-9]{{0,5}})?")
+_ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE | re.DOTALL)
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~]{0,256})?\r\n")
+
+# Fields of which a second one would leave it open which of the two counts.
+_SINGLE_FIELDS = frozenset(
+    ("authorization", "content-length", "content-type", "expect", "host", "transfer-encoding", "x-access-token")
+)
+
+
+class Head(NamedTuple):
+    """A parsed request head: field names are in lower case, values without the white space around them."""
+
+    method: str
+    target: str
+    version: str
+    fields: dict[str, str]
+
+
+def parse_head(raw: bytes) -> Head:
+    """Parse one request head, strictly.
+
+    Args:
+        raw: the bytes from the request line to the empty line, both included.
+
+    Raises:
+        ProblemError: 400, 414 or 431; the connection cannot go on after it.
+    """
+    text = raw.decode("latin-1")
+    line = _REQUEST_LINE.match(text)
+    if line is None:
+        raise ProblemError(400, "malformed request line")
+    method, target, minor = line.groups()
+    block = text[line.end() :]
+    if _FIELD_LINES.fullmatch(block) is None:
+        raise ProblemError(400, "malformed header field")
+    pairs = _FIELD_LINE.findall(block)
+    found: dict[str, str] = {name.lower(): value.rstrip(" \t") for name, value in pairs}
+    if len(found) != len(pairs):
+        found = _join_repeated(pairs)
+    if len(target) > MAX_TARGET_BYTES:
+        raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
+    if len(pairs) > MAX_FIELDS or len(raw) > MAX_HEAD_BYTES:
+        raise ProblemError(431, f"the head has more than {MAX_FIELDS} fields or {MAX_HEAD_BYTES} bytes")
+    if target[0] != "/":
+        target = _origin_form(target, found)
+    host = found.get("host")
+    if (host is None and minor == "1") or (host and _AUTHORITY.fullmatch(host) is None):
+        raise ProblemError(400, "missing or malformed Host")
+    return Head(method, target, f"HTTP/1.{minor}", found)
+
+
+def _join_repeated(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Join the values of repeated fields with commas (RFC 9110, 5.3), except where only one is allowed."""
+    joined: dict[str, str] = {}
+    for name, value in ((name.lower(), value.rstrip(" \t")) for name, value in pairs):
+        if name not in joined:
+            joined[name] = value
+        elif name not in _SINGLE_FIELDS:
+            joined[name] = f"{joined[name]}, {value}"
+        elif name != "content-length" or joined[name] != value:
+            raise ProblemError(400, f"more than one {name}")
+    return joined
+
+
+def _origin_form(target: str, found: dict[str, str]) -> str:
+    """Reduce an absolute-form target to its path and query; its authority replaces Host (RFC 9112, 3.2.2)."""
+    absolute = _ABSOLUTE_FORM.fullmatch(target)
+    if absolute is None or not absolute[1]:
+        raise ProblemError(400, "the target is neither a path nor an absolute http URL")
+    found["host"] = absolute[1]
+    rest = absolute[2]
+    return rest if rest.startswith("/") else f"/{rest}"
+
+
+def body_length(head: Head) -> int | None:
+    """Return how many bytes of body follow, None for a chunked one (RFC 9112, 6.3).
+
+    Raises:
+        ProblemError: 400 for framing that two parsers could read in two ways, 413 for more than is worth skipping.
+    """
+    length, coding = head.fields.get("content-length"), head.fields.get("transfer-encoding")
+    if coding is not None:
+        if length is not None or head.version == "HTTP/1.0" or coding.lower() != "chunked":
+            raise ProblemError(400, "Transfer-Encoding is not exactly chunked, or stands beside Content-Length")
+        return None
+    if length is None:
+        return 0
+    if not re.fullmatch(r"[0-9]{1,18}", length):
+        raise ProblemError(400, "malformed Content-Length")
+    if int(length) > MAX_BODY_BYTES:
+        raise ProblemError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+    return int(length)
+
+
+class Framer:
+    """Cuts a client's bytes into whole request heads; bodies are skipped. Pure: bytes in, heads out."""
+
+    __slots__ = ("_body", "_head", "_inbox", "_scanned", "_skipped", "refused")
+
+    def __init__(self) -> None:
+        self._inbox = bytearray()
+        self._scanned = 0  # how much of the inbox is known to hold no end of head
+        self._head: bytes | None = None  # a head whose body is still coming
+        self._body: int | None = 0  # bytes of it to skip; None: chunked
+        self._skipped = 0
+        self.refused = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether a request has begun that is not whole yet."""
+        return bool(self._inbox) or self._head is not None
+
+    def feed(self, data: bytes) -> list[bytes | ProblemError]:
+        """Take what was received; return the heads that are whole now, last of all the problem that ends the stream."""
+        if self.refused:
+            return []
+        if (
+            not self._inbox
+            and self._head is None
+            and 0 <= data.find(_END_OF_HEAD) == len(data) - len(_END_OF_HEAD)
+            and not _has_body(data)
+        ):
+            return [data]  # the common case: one whole head and nothing else
+        self._inbox += data
+        found: list[bytes | ProblemError] = []
+        try:
+            while (head := self._next()) is not None:
+                found.append(head)
+        except ProblemError as problem:
+            found.append(problem)
+            self.refuse()
+        return found
+
+    def refuse(self) -> None:
+        """Forget what is buffered and take no more: after a malformed message nothing on the stream can be trusted."""
+        self.refused = True
+        self._inbox = bytearray()
+        self._head = None
+
+    def _next(self) -> bytes | None:
+        if self._head is None:
+            end = self._inbox.find(_END_OF_HEAD, max(0, self._scanned - 3))
+            if end < 0:
+                self._check_partial()
+                return None
+            self._head = bytes(self._inbox[: end + 4])
+            del self._inbox[: end + 4]
+            self._scanned = self._skipped = 0
+            self._body = body_length(parse_head(self._head)) if _has_body(self._head) else 0
+        if not (self._skip_chunks() if self._body is None else self._skip_bytes()):
+            return None
+        head, self._head = self._head, None
+        return head
+
+    def _check_partial(self) -> None:
+        """Refuse early what can never become a valid head, so that nobody waits for its end."""
+        inbox = self._inbox
+        if _BARE_LINE_END.search(inbox, max(0, self._scanned - 1)):
+            raise ProblemError(400, "a line ends with a bare CR or LF")
+        self._scanned = len(inbox)
+        line_end = inbox.find(b"\n", 2, MAX_TARGET_BYTES + 64)
+        if line_end >= 0 and not _REQUEST_LINE.match(inbox[: line_end + 1].decode("latin-1")):
+            raise ProblemError(400, "malformed request line")
+        if line_end < 0 and len(inbox) > MAX_TARGET_BYTES + 64:
+            raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
+        if len(inbox) > MAX_HEAD_BYTES:
+            raise ProblemError(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
+
+    def _skip_bytes(self) -> bool:
+        assert self._body is not None  # noqa: S101  # for the type checker: None takes the other way
+        taken = min(self._body, len(self._inbox))
+        del self._inbox[:taken]
+        self._body -= taken
+        return not self._body
+
+    def _skip_chunks(self) -> bool:
+        """Skip whole chunks (RFC 9112, 7.1); trailer fields are not taken."""
+        inbox = self._inbox
+        while True:
+            line = _CHUNK_LINE.match(inbox)
+            if line is None:
+                if b"\n" in inbox[:300] or len(inbox) >= 300:  # noqa: PLR2004  # no chunk line is as long
+                    raise ProblemError(400, "malformed chunk")
+                return False
+            size = int(line[1], 16)
+            if self._skipped + size > MAX_BODY_BYTES:
+                raise ProblemError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+            end = line.end() + size + 2
+            if len(inbox) < end:
+                return False
+            if inbox[end - 2 : end] != b"\r\n":
+                raise ProblemError(400, "malformed chunk or trailer")
+            del inbox[:end]
+            self._skipped += size
+            if size == 0:
+                return True
+
+
+def _has_body(raw: bytes) -> bool:
+    """Tell whether a head may announce a body: two C-level searches, so that bodiless requests pay next to nothing."""
+    lowered = raw.lower()
+    return b"\ncontent-length" in lowered or b"\ntransfer-encoding" in lowered
+
+
+def decode_segment(segment: str) -> str:
+    """Percent-decode one path segment or query value as strict UTF-8 (RFC 3986, 2.1).
+
+    Raises:
+        ProblemError: 400 for a lone `%`, bytes that are not UTF-8, or control characters.
+    """
+    if "%" in segment:
+        if segment.count("%") != len(re.findall("%[0-9A-Fa-f]{2}", segment)):
+            raise ProblemError(400, "malformed percent-encoding")
+        try:
+            segment = unquote_to_bytes(segment).decode("utf-8")
+        except UnicodeDecodeError:
+            raise ProblemError(400, "the percent-encoded bytes are not UTF-8") from None
+        if any(character < " " or character == "\x7f" for character in segment):
+            raise ProblemError(400, "control characters are not allowed")
+    return segment
+
+
+class Page(NamedTuple):
+    """The part of a result that is asked for."""
+
+    limit: int
+    offset: int
+
+
+DEFAULT_LIMIT, MAX_LIMIT, MAX_OFFSET = 100, 1000, 1_000_000_000
+
+
+def parse_page(query: str) -> Page:
+    """Read `limit` and `offset` from a query string; other parameters are ignored.
+
+    Raises:
+        ProblemError: 400 if one is repeated, not a decimal number, or out of range.
+    """
+    values = {"limit": DEFAULT_LIMIT, "offset": 0}
+    ranges = {"limit": (1, MAX_LIMIT), "offset": (0, MAX_OFFSET)}
+    seen = set()
+    for name, _, text in (part.partition("=") for part in query.split("&")):
+        if name not in values:
+            continue
+        low, high = ranges[name]
+        if name in seen or not re.fullmatch(r"[0-9]{1,10}", text) or not low <= int(text) <= high:
+            raise ProblemError(400, f"{name} must be one number from {low} to {high}")
+        seen.add(name)
+        values[name] = int(text)
+    return Page(**values)
+
+
+# ── Tokens ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Tokens:
+    """The bearer token that callers must show, and the one before it for one more period."""
+
+    def __init__(self, period_seconds: float) -> None:
+        self.period_seconds = period_seconds
+        self._current: bytes | None = None
+        self._previous: bytes | None = None
+        self._previous_until = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether a token has been read yet."""
+        return self._current is not None
+
+    def adopt(self, token: str, now: float) -> bool:
+        """Take the token as read at `now` (monotonic seconds); tell whether it is a new one."""
+        fresh = token.encode()
+        if fresh == self._current:
+            return False
+        self._previous, self._previous_until = self._current, now + self.period_seconds
+        self._current = fresh
+        return True
+
+    def accepts(self, given: str, now: float) -> bool:
+        """Compare in constant time. A token that no header can carry (not latin-1) is simply wrong."""
+        shown = given.encode("latin-1", "replace")
+        matches = self._current is not None and hmac.compare_digest(shown, self._current)
+        if self._previous is not None and now < self._previous_until:
+            matches |= hmac.compare_digest(shown, self._previous)
+        return matches
+
+
+# ── The store: Couchbase ──────────────────────────────────────────────────────────────────────────────────────────────
+
+USERS, IMAGES, AUTH = "user_data", "user_images", "service_auth"
+TOKEN_KEY, TOKEN_PATH = "service_auth:1", "token"
+MAX_KEY_BYTES = 246
+
+# Constant texts: a caller's value is only ever a named parameter.
+PROFILES_BY_NICKNAME, PROFILES_BY_USERNAME = (
+    f"SELECT RAW p FROM `{USERS}` AS p WHERE p.`{name}` = $value ORDER BY META(p).id LIMIT $limit OFFSET $offset"  # noqa: S608
+    for name in ("nickname", "user_id")
+)
+
+
+class FatalError(Exception):
+    """Something that waiting cannot cure; the message is one line that says what to do."""
+
+
+class Document(NamedTuple):
+    """A document as stored: raw JSON, and the CAS that changes with every mutation."""
+
+    value: bytes
+    cas: int
+
+
+class _RowBytes(Serializer):  # type: ignore[misc]  # the SDK's class is untyped
+    """Passes query rows through as the bytes they came in."""
+
+    def serialize(self, value: object) -> bytes:
+        return json.dumps(value, ensure_ascii=False).encode()
+
+    def deserialize(self, value: bytes) -> bytes:
+        return value
+
+
+class Failure(NamedTuple):
+    """What one kind of SDK exception means to the caller and to the operator."""
+
+    exceptions: tuple[type[Exception], ...]
+    status: int
+    detail: str
+    advice: str = ""
+
+
+PROVISION = "create the schema: python -m tests.sample_data --help"
+
+# In this order: the first row that fits counts.
+FAILURES = (
+    Failure((cb.DocumentNotFoundException,), 404, "no such document"),
+    Failure(
+        (cb.AmbiguousTimeoutException, cb.UnAmbiguousTimeoutException, cb.TimeoutException),
+        504,
+        "Couchbase did not answer in time",
+    ),
+    Failure(
+        (cb.AuthenticationException,),
+        503,
+        "Couchbase is out of reach",
+        "Couchbase refuses the user: check COUCHBASE_USER and its password, and that it may read this scope",
+    ),
+    Failure(
+        (
+            cb.TemporaryFailException,
+            cb.ServiceUnavailableException,
+            cb.RequestCanceledException,
+            cb.MissingConnectionException,
+            cb.RateLimitedException,
+            cb.BucketNotFoundException,
+        ),
+        503,
+        "Couchbase is out of reach",
+    ),
+    Failure(
+        (cb.ScopeNotFoundException, cb.CollectionNotFoundException, cb.KeyspaceNotFoundException),
+        500,
+        "the database's schema is incomplete",
+        PROVISION,
+    ),
+    Failure((cb.ValueFormatException,), 500, "the document is not JSON", "store this document as JSON"),
+)
+UNEXPECTED = Failure((), 500, "unexpected failure", "see the error")
+# What a query without a usable index says (error 4000): the SDK has no class of its own for it.
+MISSING_INDEX = (
+    f"CREATE INDEX by_nickname IF NOT EXISTS ON `{USERS}`(nickname); "
+    f"CREATE INDEX by_user_id IF NOT EXISTS ON `{USERS}`(user_id)"
+)
+
+
+def open_cluster(settings: Settings) -> Any:
+    """Connect to the cluster as the settings say; nothing of the SDK's own tracing, metrics or telemetry runs.
+
+    Raises:
+        CouchbaseException: wrong credentials, or nobody answers within the SDK's bootstrap time-out (10 s).
+    """
+    verify = {} if settings.couchbase_tls_verify else {"tls_verify": TLSVerifyMode.NONE}
+    return Cluster.connect(
+        settings.connection_string,
+        ClusterOptions(
+            PasswordAuthenticator(
+                settings.couchbase_user, settings.couchbase_password, cert_path=settings.couchbase_tls_ca
+            ),
+            timeout_options=ClusterTimeoutOptions(
+                kv_timeout=timedelta(milliseconds=settings.couchbase_timeout_ms),
+                query_timeout=timedelta(milliseconds=settings.couchbase_query_timeout_ms),
+                management_timeout=timedelta(seconds=5),
+            ),
+            enable_tracing=False,
+            enable_metrics=False,
+            enable_app_telemetry=False,
+            network=settings.couchbase_network,
+            transcoder=RawJSONTranscoder(),
+            **verify,
+        ),
+    )
+
+
+class ProfileStore:
+    """Owns the SDK: connects, reads the token, gets documents, runs queries, and knows what a failure means."""
+
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self._settings = settings
+        self._log = log
+        self._cluster: Any = None
+        self._scope: Any = None
+        self._collections: dict[str, Any] = {}
+        self._query_timeout = timedelta(milliseconds=settings.couchbase_query_timeout_ms)
+        self.tokens = Tokens(settings.token_refresh_seconds)
+
+    def connect(self) -> None:
+        """Open the cluster and the bucket; blocks for at most about 20 s.
+
+        Raises:
+            FatalError: wrong credentials or no such bucket.
+            CouchbaseException: anything that may pass.
+        """
+        settings = self._settings
+        try:
+            cluster = open_cluster(settings)
+        except cb.AuthenticationException as error:
+            raise FatalError(
+                f"Couchbase refuses user {settings.couchbase_user!r}: check COUCHBASE_USER and COUCHBASE_PASSWORD"
+            ) from error
+        try:
+            self._scope = cluster.bucket(settings.couchbase_bucket).scope(settings.couchbase_scope)
+        except cb.CouchbaseException:
+            self._explain_bucket(cluster)
+            cluster.close()
+            raise
+        self._collections = {name: self._scope.collection(name) for name in (USERS, IMAGES, AUTH)}
+        self._cluster = cluster
+
+    def _explain_bucket(self, cluster: Any) -> None:
+        """Tell a bucket that is missing from one that is slow: on the wire both look like a time-out, so ask."""
+        name = self._settings.couchbase_bucket
+        try:
+            cluster.buckets().get_bucket(name)
+        except cb.BucketDoesNotExistException as error:
+            raise FatalError(
+                f"bucket {name!r} does not exist: create it, or correct COUCHBASE_BUCKET (then {PROVISION})"
+            ) from error
+        except cb.AuthenticationException as error:
+            raise FatalError(
+                f"Couchbase refuses user {self._settings.couchbase_user!r} for bucket {name!r}: "
+                "check COUCHBASE_PASSWORD and the user's roles"
+            ) from error
+        except cb.CouchbaseException:  # not allowed to ask, or nobody there: the first failure stands
+            return
+
+    def _explain_schema(self) -> None:
+        """Raise FatalError if the scope or the token's collection is known to be missing."""
+        settings = self._settings
+        try:
+            scopes = self._cluster.bucket(settings.couchbase_bucket).collections().get_all_scopes()
+        except cb.CouchbaseException:
+            return
+        existing = {scope.name: {collection.name for collection in scope.collections} for scope in scopes}
+        if settings.couchbase_scope not in existing:
+            raise FatalError(
+                f"bucket {settings.couchbase_bucket!r} has no scope {settings.couchbase_scope!r}: {PROVISION}"
+            )
+        if AUTH not in existing[settings.couchbase_scope]:
+            raise FatalError(f"collection {AUTH!r} does not exist in scope {settings.couchbase_scope!r}: {PROVISION}")
+
+    def close(self) -> None:
+        """Close the connections to the cluster."""
+        if self._cluster is not None:
+            with contextlib.suppress(cb.CouchbaseException):
+                self._cluster.close()
+
+    def read_token(self) -> None:
+        """Read the service's token by a sub-document lookup and adopt it.
+
+        Raises:
+            FatalError: scope, collection or token document are missing, or hold no usable token.
+            CouchbaseException: anything that may pass.
+        """
+        try:
+            found = self._collections[AUTH].lookup_in(TOKEN_KEY, [path_get(TOKEN_PATH)])
+            token = json.loads(found.content_as[bytes](0))
+        except cb.DocumentNotFoundException as error:
+            raise FatalError(f"the token document {TOKEN_KEY!r} does not exist in {AUTH!r}: {PROVISION}") from error
+        except (cb.PathNotFoundException, cb.PathMismatchException, cb.DocumentNotJsonException) as error:
+            raise FatalError(f"the token document {TOKEN_KEY!r} has no field {TOKEN_PATH!r}: {PROVISION}") from error
+        except cb.CouchbaseException:
+            self._explain_schema()
+            raise
+        if not isinstance(token, str) or not re.fullmatch(r"[!-~]{1,4096}", token):
+            raise FatalError(
+                f"the token in {TOKEN_KEY!r} is not text of 1 to 4096 visible ASCII characters: {PROVISION}"
+            )
+        if self.tokens.adopt(token, time.monotonic()):
+            self._log.event("info", "token adopted")
+
+    def get(self, collection: str, key: str) -> Document:
+        """Get one document.
+
+        Raises:
+            ProblemError: 404, or what the failure means.
+        """
+        try:
+            result = self._collections[collection].get(key)
+            return Document(result.value, result.cas)
+        except Exception as error:
+            raise self.problem(error, "get") from error
+
+    def get_many(self, collection: str, keys: list[str]) -> dict[str, Document | ProblemError]:
+        """Get several documents at once: one hand-over between the threads of Python and the SDK for all of them."""
+        found: dict[str, Document | ProblemError] = {}
+        try:
+            answer = self._collections[collection].get_multi(keys, return_exceptions=True)
+        except Exception as error:
+            problem = self.problem(error, "get")
+            return dict.fromkeys(keys, problem)
+        for key, result in answer.results.items():
+            try:
+                found[key] = Document(result.value, result.cas)
+            except Exception as error:
+                found[key] = self.problem(error, "get")
+        for key, failure in answer.exceptions.items():
+            found[key] = self.problem(failure, "get")
+        return found
+
+    def query(self, statement: str, parameters: dict[str, object]) -> list[bytes]:
+        """Run a prepared, read-only statement; its rows come back as raw JSON.
+
+        Raises:
+            ProblemError: what the failure means.
+        """
+        options = QueryOptions(
+            adhoc=False,
+            read_only=True,
+            named_parameters=parameters,
+            timeout=self._query_timeout,
+            scan_consistency=QueryScanConsistency.NOT_BOUNDED,
+            serializer=_RowBytes(),
+        )
+        try:
+            return list(self._scope.query(statement, options))
+        except Exception as error:
+            raise self.problem(error, "query") from error
+
+    def problem(self, error: Exception, operation: str) -> ProblemError:
+        """Say what a failure of the SDK means to the caller, and tell the operator what to do about it."""
+        failure = next((row for row in FAILURES if isinstance(error, row.exceptions)), UNEXPECTED)
+        if failure is UNEXPECTED and operation == "query" and "4000" in describe(error):
+            failure = failure._replace(detail="the database's schema is incomplete", advice=MISSING_INDEX)
+        if failure.status != HTTPStatus.NOT_FOUND:
+            level = "error" if failure.advice else "warning"
+            self._log.event(
+                level, "couchbase failure", operation=operation, error=describe(error), advice=failure.advice
+            )
+        headers = ("Retry-After: 1",) if failure.status == HTTPStatus.SERVICE_UNAVAILABLE else ()
+        return ProblemError(failure.status, failure.detail, *headers)
+
+
+class DocumentPending(Exception):  # a signal, not an error
+    """`do_GET` asked for a document that its batch does not have yet; it is run again when it does."""
+
+
+class QueryPending(Exception):  # a signal, not an error
+    """`do_GET` asked for a query, which is not a document worker's to run."""
+
+
+class Batch:
+    """What a document worker's handlers see as the store: notes which documents they ask for, then gets them all."""
+
+    def __init__(self, store: ProfileStore) -> None:
+        self._store = store
+        self._wanted: dict[str, dict[str, None]] = {}  # a set in the order of asking: get_multi takes each key once
+        self._found: dict[tuple[str, str], Document | ProblemError] = {}
+
+    def get(self, collection: str, key: str) -> Document:
+        """Return the document if `fetch` has brought it, else note that it is wanted.
+
+        Raises:
+            DocumentPending: not there yet.
+            ProblemError: it could not be got.
+        """
+        found = self._found.get((collection, key))
+        if found is None:
+            self._wanted.setdefault(collection, {})[key] = None
+            raise DocumentPending
+        if isinstance(found, ProblemError):
+            raise found
+        return found
+
+    def query(self, statement: str, parameters: dict[str, object]) -> list[bytes]:
+        """Refuse, always: queries have workers of their own.
+
+        Raises:
+            QueryPending: always.
+        """
+        raise QueryPending
+
+    def fetch(self) -> None:
+        """Get all that is wanted, with one operation a collection."""
+        for collection, wanted in self._wanted.items():
+            keys = list(wanted)
+            if len(keys) == 1:  # a plain get costs a lone request less than get_multi
+                try:
+                    self._found[collection, keys[0]] = self._store.get(collection, keys[0])
+                except ProblemError as problem:
+                    self._found[collection, keys[0]] = problem
+            else:
+                many = self._store.get_many(collection, keys)
+                for key in keys:
+                    self._found[collection, key] = many.get(key) or ProblemError(500, "unexpected failure")
+        self._wanted = {}
+
+
+# ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
+
+JSON_TYPE, PROBLEM_TYPE = "application/json", "application/problem+json"
+CHALLENGE = "WWW-Authenticate: Bearer"
+ALLOW = "Allow: GET, HEAD"
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PICTURE_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,31}")
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nDate: ".encode() for status in HTTPStatus}
+
+
+class ProfileHandler(BaseHTTPRequestHandler):
+    """Answers one request: whole request bytes in, whole answer bytes out, no socket in between."""
+
+    server: ProfileServer
+    headers: dict[str, str]  # type: ignore[assignment]  # the base's are an email.message.Message
+
+    def __init__(
+        self, request: bytes | ProblemError, client_address: tuple[str, int], server: ProfileServer, *, internal: bool
+    ) -> None:
+        """Prepare; the base class's `__init__` would read from a socket until the connection ends.
+
+        Args:
+            request: one request head, or why the bytes received are not one.
+            client_address: who asks.
+            server: for its store's state, tokens and log.
+            internal: whether it came in by the metrics port.
+        """
+        self.client_address = client_address
+        self.server = server
+        self.close_connection = True  # until the request is known to be well-formed
+        self.response = b""
+        self._request = request
+        self._internal = internal
+        self._started = time.perf_counter()
+        self.command = self.path = self.query = self.route = self.log_line = ""
+        self.headers = {}
+        self.status = 0
+        self._parsed = False
+
+    def respond(self, store: Batch | ProfileStore, *, last: bool = True) -> bytes:
+        """Run the method's handler with what `store` has and return the answer.
+
+        Args:
+            store: where documents and query rows come from.
+            last: whether the connection closes if the server drains (no further request of it waits).
+
+        Raises:
+            DocumentPending, QueryPending: run again, with a store that has it.
+        """
+        self.store = store
+        try:
+            if not self._parsed:
+                self.parse_request()
+                if time.perf_counter() - self._started > self.server.queue_seconds:
+                    raise unavailable("overloaded: the request waited too long for a worker")
+            if self.server.draining and last:
+                self.close_connection = True
+            method = getattr(self, f"do_{self.command}", None)
+            if method is None:
+                raise ProblemError(405, f"{self.command} is not supported", ALLOW)
+            method()
+        except (DocumentPending, QueryPending):
+            raise
+        except ProblemError as problem:
+            self.send_problem(problem)
+        except Exception as error:
+            self.server.log.event("error", "unexpected failure", route=self.route, error=describe(error))
+            self.send_problem(ProblemError(500, "unexpected failure"))
+        return self.response
+
+    def parse_request(self) -> bool:
+        """Parse the request strictly; the base's parser is lenient, and slow.
+
+        Raises:
+            ProblemError: the request is malformed; the connection closes.
+        """
+        self._parsed = True
+        self.request_id = ""
+        try:
+            if isinstance(self._request, ProblemError):
+                raise self._request
+            self.command, self.path, self.request_version, self.headers = parse_head(self._request)
+        finally:
+            given = self.headers.get("x-request-id")
+            self.request_id = given if given and _SANE_REQUEST_ID.fullmatch(given) else self.server.new_request_id()
+        options = self.headers.get("connection")
+        if options is None:
+            self.close_connection = self.request_version == "HTTP/1.0"
+        else:
+            named = {option.strip().lower() for option in options.split(",")}
+            self.close_connection = "close" in named or (
+                self.request_version == "HTTP/1.0" and "keep-alive" not in named
+            )
+        return True
+
+    def do_GET(self) -> None:
+        """Answer by route; callers are applications (`/api/`), Kubernetes (probes) and Prometheus (`/metrics`)."""
+        path, _, self.query = self.path.partition("?")
+        route, _, parameter = path.rpartition("/")
+        if path.startswith("/api/"):
+            self.require_token()
+        if route == "/api/v1/id":
+            self.route = "/api/v1/id/{id}"
+            self.send_document(self.get_document(USERS, parameter))
+        elif route == "/api/v1/nickname":
+            self.route = "/api/v1/nickname/{nickname}"
+            self.send_matches(PROFILES_BY_NICKNAME, route, parameter)
+        elif route == "/api/v1/username":
+            self.route = "/api/v1/username/{username}"
+            self.send_matches(PROFILES_BY_USERNAME, route, parameter)
+        elif route == "/api/v1/picture/record":
+            self.route = "/api/v1/picture/record/{id}"
+            self.send_document(self.get_document(IMAGES, parameter))
+        elif route == "/api/v1/picture/raw":
+            self.route = "/api/v1/picture/raw/{id}"
+            self.send_picture(self.get_document(IMAGES, parameter))
+        elif path == "/healthz":
+            self.send_local(b'{"status": "alive"}')
+        elif path == "/readyz":
+            self.send_readiness()
+        elif path == "/metrics" and self._internal:
+            self.send_local(self.server.metrics(), "text/plain; version=0.0.4; charset=utf-8")
+        else:
+            raise ProblemError(404, "no such route")
+
+    def do_HEAD(self) -> None:
+        """Answer as GET would, without the body: `send` leaves it out."""
+        self.do_GET()
+
+    # what the branches are made of
+
+    def require_token(self) -> None:
+        """Check the caller's token.
+
+        Raises:
+            ProblemError: 401, or 503 while the token is not known yet.
+        """
+        tokens = self.server.store.tokens
+        if not tokens.known:
+            raise unavailable("not ready yet")
+        given = self.headers.get("authorization")
+        if given is None:
+            token = self.headers.get("x-access-token")
+        else:
+            scheme, _, credentials = given.partition(" ")
+            token = credentials.strip(" ") if scheme.lower() == "bearer" else None
+        if token is None or not tokens.accepts(token, time.monotonic()):
+            raise ProblemError(401, "a valid bearer token is required", CHALLENGE)
+
+    def get_document(self, collection: str, parameter: str) -> Document:
+        """Get `{collection}:{parameter}`.
+
+        Raises:
+            ProblemError: 400 for an id that no key can hold, 404 for none, and what the store raises.
+        """
+        key = f"{collection}:{self.decoded(parameter)}"
+        if len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES:
+            raise ProblemError(400, f"the id makes a key of more than {MAX_KEY_BYTES} bytes")
+        return self.store.get(collection, key)
+
+    def decoded(self, parameter: str) -> str:
+        """Decode a path parameter.
+
+        Raises:
+            ProblemError: 404 if it is empty, 400 if it is malformed.
+        """
+        if not parameter:
+            raise ProblemError(404, "no such route")
+        return decode_segment(parameter)
+
+    def send_document(self, document: Document) -> None:
+        """Answer with one document in a list, or 304 if the caller has it."""
+        self.send(200, b"[%b]" % document.value, JSON_TYPE, document.cas)
+
+    def send_picture(self, document: Document) -> None:
+        """Answer with the picture inside the record.
+
+        Raises:
+            ProblemError: 422 if there is none.
+        """
+        try:
+            record = json.loads(document.value)
+            kind, image = record["type"], base64.b64decode(record["image"], validate=True)
+        except (ValueError, TypeError, KeyError, binascii.Error):
+            kind, image = None, b""
+        if not isinstance(kind, str) or not _PICTURE_TYPE.fullmatch(kind) or not image:
+            raise ProblemError(422, "the picture record has no usable type or base64 image")
+        # a picture that is opened as a page of its own (SVG) may not run anything
+        self.send(200, image, f"image/{kind}", document.cas, "Content-Security-Policy: default-src 'none'; sandbox")
+
+    def send_matches(self, statement: str, route: str, parameter: str) -> None:
+        """Answer with one page of the profiles that match, and a link to the next while more remain.
+
+        Raises:
+            ProblemError: 404 if none matches.
+        """
+        value = self.decoded(parameter)
+        page = parse_page(self.query)
+        rows = self.store.query(
+            statement, {"value": value, "limit": page.limit + 1, "offset": page.offset}
+        )  # one row more than asked for tells whether more remain
+        if not rows:
+            raise ProblemError(404, "no match")
+        links = []
+        if len(rows) > page.limit and page.offset + page.limit <= MAX_OFFSET:
+            following = f"{route}/{quote(value, safe='')}?limit={page.limit}&offset={page.offset + page.limit}"
+            links.append(f'Link: <{following}>; rel="next"')
+        self.send(200, b"[%b]" % b",".join(rows[: page.limit]), JSON_TYPE, None, *links)
+
+    def send_local(self, body: bytes, content_type: str = JSON_TYPE) -> None:
+        """Answer with something that the process itself knows."""
+        self.route = self.path.partition("?")[0]
+        self.send(200, body, content_type)
+
+    def send_readiness(self) -> None:
+        """Answer whether requests for data are welcome.
+
+        Raises:
+            ProblemError: 503 with the reasons.
+        """
+        self.route = "/readyz"
+        if reasons := self.server.unready_reasons():
+            raise unavailable("not ready", reasons=reasons)
+        self.send_local(b'{"status": "ready"}')
+
+    def send_problem(self, problem: ProblemError) -> None:
+        """Answer with a problem document."""
+        self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, *problem.headers)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer with a problem document instead of the base class's page."""
+        self.send_problem(ProblemError(code, explain or message or HTTPStatus(code).phrase))
+
+    def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, *headers: str) -> None:
+        """Put the whole answer together.
+
+        Args:
+            status: the HTTP status; a 200 becomes 304 if `cas` is what the caller has.
+            body: what GET answers; HEAD gets its length.
+            content_type: the body's media type.
+            cas: what the ETag is made of, None for no ETag.
+            *headers: further whole header fields.
+        """
+        parts = [f"Content-Type: {content_type}", f"Content-Length: {len(body)}", f"X-Request-ID: {self.request_id}"]
+        parts.append("X-Content-Type-Options: nosniff")
+        if cas is not None:
+            tag = f'"{cas:x}"'
+            parts.append(f"ETag: {tag}")
+            if _names_tag(self.headers.get("if-none-match"), tag):
+                status = 304
+        if self.path.startswith("/api/"):
+            parts.append("Cache-Control: private, no-cache")
+        if self.close_connection:
+            parts.append("Connection: close")
+        elif self.request_version == "HTTP/1.0":
+            parts.append("Connection: keep-alive")
+        parts += headers
+        bodiless = self.command == "HEAD" or status == HTTPStatus.NOT_MODIFIED
+        self.status = status
+        head = "\r\n".join(parts).encode("latin-1")
+        self.response = b"%b%b\r\n%b\r\n\r\n%b" % (
+            _STATUS_LINES[status],
+            CLOCK.http_date(),
+            head,
+            b"" if bodiless else body,
+        )
+        self.log_request(status, len(self.response))
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Keep the access log's line for this answer; the worker writes the lines of its whole batch at once."""
+        log = self.server.log
+        if log.access and not self.route.startswith(("/healthz", "/readyz", "/metrics")):
+            # every value is from a closed set or has been checked for its characters: nothing needs escaping
+            self.log_line = (
+                f'{{"time": "{CLOCK.rfc3339()}", "level": "info", "message": "request", "worker": {log.worker}, '
+                f'"request_id": "{self.request_id}", "method": "{self.command or "-"}", '
+                f'"route": "{self.route or "-"}", '
+                f'"status": {code}, "bytes": {size}, '
+                f'"duration_ms": {(time.perf_counter() - self._started) * 1000:.3f}, '
+                f'"client": "{self.client_address[0]}"}}\n'
+            )
+
+    def log_message(self, format: str, *args: object) -> None:  # the base class's name
+        """Send what the base class would print to the log."""
+        self.server.log.event("info", format % args)
+
+
+def _names_tag(given: str | None, tag: str) -> bool:
+    """Tell whether If-None-Match names the tag, by weak comparison (RFC 9110, 8.8.3.2 and 13.1.2)."""
+    if given is None:
+        return False
+    return given == "*" or tag in (item.strip().removeprefix("W/") for item in given.split(","))
+
+
+# ── The server: event loop and workers ────────────────────────────────────────────────────────────────────────────────
+
+
+class Connection(Framer):
+    """A client's socket and what is under way on it. The loop reads and closes; `lock` guards `busy` and `waiting`."""
+
+    __slots__ = ("address", "busy", "closing", "deadline", "events", "internal", "lock", "outbox", "socket", "waiting")
+
+    def __init__(self, client: socket.socket, address: tuple[str, int], deadline: float, *, internal: bool) -> None:
+        super().__init__()
+        self.socket = client
+        self.address = address
+        self.internal = internal
+        self.lock = threading.Lock()
+        self.busy = False  # a request of it is queued or being answered
+        self.waiting: deque[bytes | ProblemError] = deque()  # whole requests behind that one, in order
+        self.outbox = b""  # what the socket would not take yet of one answer
+        self.closing = False  # after the outbox is written nothing more is answered
+        self.deadline = deadline  # monotonic seconds; of what, depends on the state
+        self.events = 0  # what the selector watches
+
+
+class Work(NamedTuple):
+    """One whole request on its way to a worker."""
+
+    connection: Connection
+    handler: ProfileHandler
+    arrived: float
+
+
+class ProfileServer(ThreadingHTTPServer):
+    """Serves many clients with few threads.
+
+    The thread that calls `serve_forever` runs the event loop: it accepts, reads, flushes and keeps the deadlines.
+    A connection costs a thread only while a whole request of its own is being answered.
+    """
+
+    allow_reuse_address = True
+    request_queue_size = 1024
+    document_workers = 2  # batches form by themselves while both are busy; measured better than more threads
+    batch_size = 32
+    receive_bytes = 16_384
+    max_waiting = 16  # whole requests of one connection behind the one being answered; then reading pauses
+    head_seconds = 10.0
+    idle_seconds = 75.0
+    write_seconds = 30.0
+    linger_seconds = 2.0  # after the last answer: the client may still be sending, and closing would reset it
+    drain_idle_seconds = 1.0  # how long a drain waits for the next request of an idle connection
+
+    def __init__(self, settings: Settings, store: ProfileStore, log: Log) -> None:
+        """Bind both ports; nothing is served before `serve_forever`.
+
+        Raises:
+            OSError: a port is in use.
+        """
+        self.settings = settings
+        self.store = store
+        self.log = log
+        self.draining = False
+        self.queue_seconds = settings.couchbase_timeout_ms / 1000  # a caller that waited as long has given up
+        self._request_numbers = itertools.count(1)
+        self._request_prefix = ""
+        self._drain_deadline = 0.0
+        self._drain_started = 0.0
+        self._connections: set[Connection] = set()
+        self._local: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._documents: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._queries: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._asked: deque[Connection] = deque()
+        self._awake = False
+        self._accepting = False
+        self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        super().__init__(("", settings.port), ProfileHandler)  # type: ignore[arg-type]  # made by _enqueue
+        self.metrics_socket: socket.socket | None = None
+        try:
+            if settings.metrics_port is not None:
+                self.metrics_socket = self._listen(settings.metrics_port)
+        except OSError:
+            self.server_close()
+            raise
+
+    @property
+    def metrics_port(self) -> int | None:
+        """The port of the metrics and probes, None if there is none."""
+        return self.metrics_socket.getsockname()[1] if self.metrics_socket else None
+
+    def server_bind(self) -> None:
+        """Bind without the base class's reverse name look-up, which may hang for seconds."""
+        self.socket.close()
+        self.socket = self._listen(self.settings.port)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def _listen(self, port: int) -> socket.socket:
+        family = self.address_family
+        listener = socket.create_server(
+            ("", port), family=family, backlog=self.request_queue_size, dualstack_ipv6=family == socket.AF_INET6
+        )
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
+        listener.setblocking(False)
+        return listener
+
+    def new_request_id(self) -> str:
+        """Return an id for a request whose caller gave none; unique among all processes."""
+        return f"{self._request_prefix}-{next(self._request_numbers):x}"
+
+    def unready_reasons(self) -> list[str]:
+        """Say why requests for data are not welcome; empty means ready."""
+        reasons = [] if self.store.tokens.known else ["Couchbase: not connected yet"]
+        return [*reasons, "draining"] if self.draining else reasons
+
+    def metrics(self) -> bytes:
+        """Return the process's metrics in Prometheus' text format."""
+        return (
+            "# HELP couchbase_ready Whether Couchbase answers.\n"
+            "# TYPE couchbase_ready gauge\n"
+            f"couchbase_ready {int(self.store.tokens.known)}\n"
+            "# HELP http_connections Open client connections.\n"
+            "# TYPE http_connections gauge\n"
+            f"http_connections {len(self._connections)}\n"
+            "# HELP build_info The service's version.\n"
+            "# TYPE build_info gauge\n"
+            f'build_info{{version="{__version__}"}} 1\n'
+        ).encode()
+
+    # the event loop
+
+    def serve_forever(self, poll_interval: float = 1.0) -> None:
+        """Serve until drained (`shutdown`).
+
+        Args:
+            poll_interval: seconds between two looks at the deadlines.
+        """
+        self._request_prefix = secrets.token_hex(6)  # here, not before: after a fork each process needs its own
+        self._selector = selectors.DefaultSelector()
+        self._wake_end, wakeup = socket.socketpair()
+        self._wake_end.setblocking(False)
+        wakeup.setblocking(False)
+        self._selector.register(wakeup, selectors.EVENT_READ, self._obey)
+        if self.metrics_socket:
+            self._selector.register(self.metrics_socket, selectors.EVENT_READ, self._accept)
+        self._watch_listener()
+        self._start_workers()
+        self._wakeup = wakeup
+        next_look = 0.0
+        try:
+            while not (self.draining and self._is_drained()):
+                for key, events in self._selector.select(0.05 if self.draining else poll_interval):
+                    if isinstance(key.data, Connection):
+                        if events & selectors.EVENT_WRITE:
+                            self._flush(key.data)
+                        if events & selectors.EVENT_READ:
+                            self._receive(key.data)
+                    else:
+                        key.data(key.fileobj)
+                now = time.monotonic()
+                if now >= next_look or self.draining:
+                    next_look = now + poll_interval
+                    self.service_actions()
+        finally:
+            self._stop_workers()
+            for connection in list(self._connections):
+                self._close(connection)
+            self._selector.close()
+            self._wake_end.close()
+            wakeup.close()
+
+    def shutdown(self) -> None:
+        """Drain: no new connections, running requests finish, then `serve_forever` returns. Any thread, any signal."""
+        self.draining = True
+        self._wake()
+
+    def service_actions(self) -> None:
+        """Keep the deadlines; called about once a second."""
+        now = time.monotonic()
+        if self.draining:
+            self._begin_drain(now)
+        elif not self._accepting:
+            self._watch_listener()
+        for connection in list(self._connections):
+            if connection.busy and not connection.outbox:
+                continue
+            if now >= connection.deadline:
+                self._expire(connection)
+            elif self.draining and not connection.partial and not connection.busy and not connection.closing:
+                connection.deadline = min(connection.deadline, self._drain_started + self.drain_idle_seconds)
+
+    def _expire(self, connection: Connection) -> None:
+        """End a connection whose time is up: with an answer if half a request is there."""
+        if connection.partial and not connection.closing and not connection.outbox:
+            connection.refuse()
+            self._submit(connection, [ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s")])
+        else:
+            self._close(connection)
+
+    def _begin_drain(self, now: float) -> None:
+        if self._drain_deadline:
+            return
+        self._drain_started = now
+        self._drain_deadline = now + self.settings.shutdown_seconds
+        if self._accepting:
+            self._accept(self.socket)  # whoever the kernel has already let in
+            self._selector.unregister(self.socket)
+            self._accepting = False
+        self.socket.close()
+
+    def _is_drained(self) -> bool:
+        return bool(self._drain_deadline) and (
+            time.monotonic() >= self._drain_deadline or all(connection.internal for connection in self._connections)
+        )
+
+    def _watch_listener(self) -> None:
+        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        self._accepting = True
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Accept whoever waits, at most so many at once that the clients already here are not kept waiting."""
+        for _ in range(64):
+            try:
+                client, address = listener.accept()
+            except OSError as error:
+                if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM} and self._accepting:
+                    # level-triggered, the listener would be ready for ever: look again with the next service_actions
+                    self.log.event("error", "cannot accept", error=describe(error), connections=len(self._connections))
+                    self._selector.unregister(self.socket)
+                    self._accepting = False
+                return
+            client.setblocking(False)
+            internal = listener is self.metrics_socket
+            host = address[0].removeprefix("::ffff:")
+            connection = Connection(client, (host, address[1]), time.monotonic() + self.idle_seconds, internal=internal)
+            self._connections.add(connection)
+            self._watch(connection, selectors.EVENT_READ)
+            if len(self._connections) > self.settings.max_connections and not internal:
+                connection.refuse()
+                self._submit(connection, [unavailable("too many connections")])
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        """Have the selector watch for these events; 0 for none."""
+        if events == connection.events:
+            return
+        if not events:
+            self._selector.unregister(connection.socket)
+        elif connection.events:
+            self._selector.modify(connection.socket, events, connection)
+        else:
+            self._selector.register(connection.socket, events, connection)
+        connection.events = events
+
+    def _receive(self, connection: Connection) -> None:
+        try:
+            data = connection.socket.recv(self.receive_bytes)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._close(connection)
+            return
+        if not data:
+            self._end_of_input(connection)
+        elif connection.closing:
+            return  # lingering: what still comes is read only so that closing does not reset the connection
+        else:
+            was_partial = connection.partial
+            requests = connection.feed(data)
+            if requests:
+                self._submit(connection, requests)
+            if connection.partial and (requests or not was_partial):
+                connection.deadline = time.monotonic() + self.head_seconds
+
+    def _end_of_input(self, connection: Connection) -> None:
+        """The client has sent its last byte; it may still wait for answers (half-closed)."""
+        with connection.lock:
+            owed = connection.busy and not connection.closing
+            connection.refused = True
+        if owed:
+            self._watch(connection, connection.events & ~selectors.EVENT_READ)
+        else:
+            self._close(connection)
+
+    def _submit(self, connection: Connection, requests: list[bytes | ProblemError]) -> None:
+        """Queue whole requests: the first if the connection is not busy, the others behind it."""
+        with connection.lock:
+            connection.waiting.extend(requests)
+            if connection.busy:
+                if len(connection.waiting) >= self.max_waiting:
+                    self._watch(connection, connection.events & ~selectors.EVENT_READ)
+                return
+            connection.busy = True
+            request = connection.waiting.popleft()
+        self._enqueue(connection, request)
+
+    def _enqueue(self, connection: Connection, request: bytes | ProblemError) -> None:
+        handler = ProfileHandler(request, connection.address, self, internal=connection.internal)
+        work = Work(connection, handler, time.monotonic())
+        if isinstance(request, bytes) and request.startswith((b"GET /api/", b"HEAD /api/")):
+            self._documents.put(work)
+        else:
+            self._local.put(work)
+
+    def _wake(self) -> None:
+        """Make the loop look at what it is asked for."""
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):
+                self._wake_end.send(b"\0")
+
+    def _ask(self, connection: Connection) -> None:
+        """Have the loop flush or close a connection, or read from it again: only the loop touches the selector."""
+        self._asked.append(connection)
+        self._wake()
+
+    def _obey(self, wakeup: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            wakeup.recv(4096)
+        self._awake = False  # before looking: what is asked for after this wakes the loop again
+        while self._asked:
+            connection = self._asked.popleft()
+            if connection in self._connections:
+                self._flush(connection)
+
+    def _flush(self, connection: Connection) -> None:
+        """Write what is left of an answer, then go on to what comes after it."""
+        if connection.outbox:
+            try:
+                sent = connection.socket.send(connection.outbox)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._close(connection)
+                return
+            connection.outbox = connection.outbox[sent:]
+            if connection.outbox:
+                self._watch(connection, connection.events | selectors.EVENT_WRITE)
+                return
+            self._watch(connection, connection.events & ~selectors.EVENT_WRITE)
+            if not connection.closing:
+                self._next_request(connection, time.monotonic())
+                return
+        if connection.closing:
+            self._linger(connection)
+        elif len(connection.waiting) < self.max_waiting and not connection.refused:
+            self._watch(connection, connection.events | selectors.EVENT_READ)
+        elif connection.refused and not connection.busy:
+            self._close(connection)
+
+    def _linger(self, connection: Connection) -> None:
+        """Close in two steps (RFC 9112, 9.6), so that the last answer is not lost to a reset."""
+        connection.deadline = time.monotonic() + self.linger_seconds
+        connection.busy = False
+        try:
+            connection.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._close(connection)
+            return
+        if connection.events & selectors.EVENT_READ or not connection.refused:
+            self._watch(connection, selectors.EVENT_READ)
+        else:
+            self._close(connection)
+
+    def _close(self, connection: Connection) -> None:
+        if connection in self._connections:
+            self._connections.discard(connection)
+            self._watch(connection, 0)
+            with connection.lock:  # a worker may be sending: its descriptor must not become another client's
+                connection.closing = True
+                connection.waiting.clear()
+                connection.socket.close()
+
+    # the workers
+
+    def _start_workers(self) -> None:
+        kinds: list[tuple[queue.SimpleQueue[Work | None], Callable[[Work], None]]] = [(self._local, self._answer_local)]
+        kinds += [(self._documents, self._answer_documents)] * self.document_workers
+        kinds += [(self._queries, self._answer_query)] * self.settings.threads
+        self._workers = [(threading.Thread(target=self._work, args=kind, daemon=True), kind[0]) for kind in kinds]
+        for thread, _ in self._workers:
+            thread.start()
+
+    def _stop_workers(self) -> None:
+        for _, works in self._workers:
+            works.put(None)
+        deadline = time.monotonic() + 1.0
+        for thread, _ in self._workers:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _work(self, works: queue.SimpleQueue[Work | None], answer: Callable[[Work], None]) -> None:
+        """Answer what comes by a queue until None does. Nothing that goes wrong with one request ends the worker."""
+        while (work := works.get()) is not None:
+            try:
+                answer(work)
+            except Exception as error:
+                self.log.event("error", "worker failure", error=describe(error))
+                work.connection.closing = True
+                self._ask(work.connection)
+
+    def _answer_local(self, work: Work) -> None:
+        """Answer what needs no Couchbase, so that probes and refusals never wait for it."""
+        try:
+            response = work.handler.respond(Batch(self.store), last=not work.connection.waiting)
+        except (DocumentPending, QueryPending):  # an absolute-form target, say
+            self._documents.put(work)
+        else:
+            self._reply(work, response)
+            self.log.lines([work.handler.log_line])
+
+    def _answer_documents(self, first: Work) -> None:
+        """Take all that waits, let each say what it wants, get that at once, and answer."""
+        works = [first]
+        with contextlib.suppress(queue.Empty):
+            while len(works) < self.batch_size:
+                following = self._documents.get_nowait()
+                if following is None:  # the end, meant for `_work`
+                    self._documents.put(None)
+                    break
+                works.append(following)
+        batch = Batch(self.store)
+        pending = [work for work in works if not self._answered(work, batch)]
+        while pending:
+            batch.fetch()
+            pending = [work for work in pending if not self._answered(work, batch)]
+        self.log.lines([work.handler.log_line for work in works if work.handler.response])
+
+    def _answered(self, work: Work, batch: Batch) -> bool:
+        """Answer with what the batch has; False if the request wants a document first."""
+        try:
+            response = work.handler.respond(batch, last=not work.connection.waiting)
+        except DocumentPending:
+            return False
+        except QueryPending:
+            self._queries.put(work)
+        else:
+            self._reply(work, response)
+        return True
+
+    def _answer_query(self, work: Work) -> None:
+        """Run one SQL++ statement."""
+        self._reply(work, work.handler.respond(self.store, last=not work.connection.waiting))
+        self.log.lines([work.handler.log_line])
+
+    def _reply(self, work: Work, response: bytes) -> None:
+        """Send an answer; what the socket will not take at once is left to the loop."""
+        connection = work.connection
+        try:
+            with connection.lock:
+                sent = connection.socket.send(response)
+        except BlockingIOError:
+            sent = 0
+        except OSError:  # the client is gone
+            sent = len(response)
+            work.handler.close_connection = True
+        if sent == len(response) and not work.handler.close_connection:
+            self._next_request(connection, time.monotonic())
+            return
+        connection.deadline = time.monotonic() + self.write_seconds
+        connection.closing = work.handler.close_connection
+        connection.outbox = response[sent:]
+        self._ask(connection)
+
+    def _next_request(self, connection: Connection, now: float) -> None:
+        """Go on to the connection's next request. One step: else one that arrived meanwhile would never be answered."""
+        with connection.lock:
+            if connection.waiting:
+                request = connection.waiting.popleft()
+            else:
+                connection.busy = False
+                connection.deadline = now + (self.head_seconds if connection.partial else self.idle_seconds)
+                request = None
+        if request is not None:
+            self._enqueue(connection, request)
+        if connection.refused or not connection.events & selectors.EVENT_READ:
+            self._ask(connection)
+
+
+# ── Main: from the command line to the last answer ────────────────────────────────────────────────────────────────────
+
+
+def backoff(low: float = 0.2, high: float = 5.0) -> Iterator[float]:
+    """Yield seconds to wait between tries: doubling from `low` to `high`, with jitter so that replicas spread out."""
+    delay = low
+    while True:
+        yield delay * random.uniform(0.5, 1.0)  # noqa: S311  # not a secret
+        delay = min(high, delay * 2)
+
+
+def keep_token(store: ProfileStore, log: Log, stop: threading.Event, fatal: Callable[[str], None]) -> None:
+    """Connect and read the token, again and again until both work; then read the token again every period.
+
+    Args:
+        store: what to connect.
+        log: where each failure goes.
+        stop: ends it.
+        fatal: called with the reason once waiting cannot cure the failure.
+    """
+    for delay in backoff():
+        try:
+            store.connect()
+            store.read_token()
+            break
+        except FatalError as error:
+            fatal(str(error))
+            return
+        except Exception as error:
+            log.event("warning", "Couchbase is not there yet", error=describe(error), retry_seconds=round(delay, 1))
+        if stop.wait(delay):
+            return
+    log.event("info", "ready")
+    while not stop.wait(store.tokens.period_seconds):
+        try:
+            store.read_token()
+        except Exception as error:
+            log.event("warning", "the token could not be read again; the last one stays", error=describe(error))
+
+
+def serve(server: ProfileServer, report: Callable[[str], None]) -> int:
+    """Run one process's server until a signal or a fatal failure; return the exit code."""
+    failed: list[str] = []
+    stop = threading.Event()
+
+    def fatal(message: str) -> None:
+        failed.append(message)
+        report(message)
+        server.shutdown()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.shutdown())
+    keeper = threading.Thread(target=keep_token, args=(server.store, server.log, stop, fatal), daemon=True)
+    keeper.start()
+    server.serve_forever()
+    server.server_close()
+    stop.set()
+    keeper.join(0.5)
+    server.log.event("info", "stopped")
+    if keeper.is_alive():  # inside the SDK, which cannot be interrupted while it connects
+        os._exit(1 if failed else 0)
+    server.store.close()
+    return 1 if failed else 0
+
+
+def supervise(server: ProfileServer) -> int:
+    """Fork the workers, restart one that dies, pass signals on; return the exit code.
+
+    The SDK connects in the workers: its threads would not survive a fork.
+    """
+    log, settings = server.log, server.settings
+    reports, report = os.pipe()
+    os.set_blocking(reports, False)
+    children: dict[int, int] = {}
+    stopping: list[int] = []
+
+    def tell_parent(message: str) -> None:
+        os.write(report, message.encode()[:4096])
+
+    def start(worker: int) -> None:
+        child = os.fork()
+        if child:
+            children[child] = worker
+            return
+        log.worker = worker
+        os._exit(serve(server, tell_parent))
+
+    def stop(number: int, _frame: object) -> None:
+        stopping.append(number)
+        for child in list(children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGTERM)
+
+    for worker in range(1, settings.workers + 1):
+        start(worker)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    code = 0
+    delays = backoff(0.1)
+    while children:
+        child, status = os.wait()
+        worker = children.pop(child, 0)
+        exited = os.waitstatus_to_exitcode(status)
+        if stopping:
+            code = max(code, int(exited != 0))
+        elif exited == 1:
+            with contextlib.suppress(BlockingIOError):
+                log.event("error", "cannot serve", advice=os.read(reports, 4096).decode())
+            code = 1
+            stop(signal.SIGTERM, None)
+        else:
+            log.event("error", "a worker died; starting another", died=worker, exit_code=exited)
+            time.sleep(next(delays))
+            start(worker)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service; return the exit code: 0 after a drain, 1 if it cannot serve, 2 for a bad setting."""
+    try:
+        settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
+    except SettingsError as error:
+        print(f"micro_svc_demo: {error}", file=sys.stderr)
+        return 2
+    log = Log(settings.log_level, access=settings.access_log)
+    try:
+        server = ProfileServer(settings, ProfileStore(settings, log), log)
+    except OSError as error:
+        ports = f"SERVICE_PORT {settings.port} or METRICS_PORT {settings.metrics_port}"
+        print(f"micro_svc_demo: cannot listen on {ports}: {error.strerror}", file=sys.stderr)
+        return 1
+    log.event(
+        "info",
+        "listening",
+        version=__version__,
+        address=server.server_address[0],
+        port=server.server_port,
+        metrics_port=server.metrics_port,
+        cluster=settings.connection_string,
+        bucket=settings.couchbase_bucket,
+        scope=settings.couchbase_scope,
+        workers=settings.workers,
+        threads=settings.threads,
+    )
+    if not settings.couchbase_tls_verify:
+        log.event("warning", "Couchbase's certificate is not verified: COUCHBASE_TLS_VERIFY is false")
+    if settings.connection_string.startswith("couchbase:"):
+        log.event("warning", "the connection to Couchbase is not encrypted")
+    if settings.workers > 1:
+        return supervise(server)
+    return serve(server, lambda message: log.event("error", "cannot serve", advice=message))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The service in a process of its own, for tests: started by its command line, asked over real sockets."""
+
+import http.client
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+ROOT = Path(__file__).resolve().parents[1]
+START_SECONDS = 30.0
+STOP_SECONDS = 30.0
+REQUEST_SECONDS = 15.0
+
+
+class Answer(NamedTuple):
+    """One HTTP answer; `headers` has the names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """Return the decoded body."""
+        return json.loads(self.body)
+
+
+def settings_for(database: Any) -> dict[str, str]:
+    """Return the environment that points the service at a database: anything with the emulator process's attributes."""
+    return {
+        "COUCHBASE_HOST": database.connection_string,
+        "COUCHBASE_USER": database.user,
+        "COUCHBASE_PASSWORD": database.password,
+        "COUCHBASE_BUCKET": database.bucket,
+    }
+
+
+class ServiceProcess:
+    """A context manager around `python micro_svc_demo.py`, on free ports.
+
+    Args:
+        environment: settings; of this process's own environment only what Python and coverage need is passed on.
+        arguments: flags after the script's name.
+    """
+
+    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+        """Prepare; `start` or a `with` block starts it."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("COUCHBASE", "SERVICE_"))}
+        self.environment = kept | {"SERVICE_PORT": "0", "METRICS_PORT": "0"} | environment
+        self.arguments = arguments
+        self.lines: list[dict[str, Any]] = []
+        self.raw_lines: list[str] = []
+        self._arrived: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+
+    def start(self) -> Self:
+        """Start it and wait for its `listening` line."""
+        self.process = subprocess.Popen(  # noqa: S603  # the interpreter itself, with flags from the test
+            [sys.executable, str(ROOT / "micro_svc_demo.py"), *self.arguments],
+            cwd=ROOT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        listening = self.wait_for("listening")
+        self.port: int = listening["port"]
+        self.metrics_port: int = listening["metrics_port"]
+        return self
+
+    def __enter__(self) -> Self:
+        """Start it and wait until it is ready."""
+        self.start()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop(signal.SIGKILL)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop it."""
+        self.stop()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for text in self.process.stdout:
+            self.raw_lines.append(text)
+            line = json.loads(text)
+            self.lines.append(line)
+            self._arrived.put(line)
+        self._arrived.put(None)
+
+    def wait_for(self, message: str, seconds: float = START_SECONDS) -> dict[str, Any]:
+        """Return the next log line with this message; lines before it are passed over."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                line = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"no line {message!r} within {seconds} s; there are {self.raw_lines}") from None
+            if line is None:
+                assert self.process.stderr is not None
+                raise AssertionError(f"it ended: {self.raw_lines} {self.process.stderr.read()}")
+            if line["message"] == message:
+                return line
+
+    def wait_until_ready(self, ready: bool = True, seconds: float = START_SECONDS) -> None:
+        """Ask /readyz until it answers 200, or 503 if `ready` is false."""
+        deadline = time.monotonic() + seconds
+        while (status := self.get("/readyz").status) != (200 if ready else 503):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"/readyz still answers {status}: {self.raw_lines[-5:]}")
+            if self.process.poll() is not None:
+                raise AssertionError(f"it ended: {self.raw_lines[-5:]}")
+            time.sleep(0.02)  # nothing to wait on: readiness is state inside another process
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send it a signal, wait for its end and return its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            code = self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait(STOP_SECONDS)
+        self._reader.join(STOP_SECONDS)
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        return code
+
+    def request(
+        self, method: str, path: str, token: str | None = None, port: int | None = None, **headers: str
+    ) -> Answer:
+        """Send one request on a connection of its own; underscores in header names stand for dashes."""
+        connection = http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=REQUEST_SECONDS)
+        fields = {name.replace("_", "-"): value for name, value in headers.items()}
+        if token is not None:
+            fields["Authorization"] = f"Bearer {token}"
+        try:
+            connection.request(method, path, headers=fields)
+            response = connection.getresponse()
+            return Answer(
+                response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
+            )
+        finally:
+            connection.close()
+
+    def get(self, path: str, token: str | None = None, port: int | None = None, **headers: str) -> Answer:
+        """Send one GET."""
+        return self.request("GET", path, token, port, **headers)

@@ -1,0 +1,375 @@
+"""The handler: a whole request in, a whole answer out; the store stands ready-made behind it."""
+
+import base64
+import json
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+
+import pytest
+
+import micro_svc_demo as service
+from tests.service import Answer
+
+TOKEN = "secret"
+PROFILE = service.Document(b'{"record_id": 5}', 0x1F)
+PICTURE = service.Document(json.dumps({"type": "png", "image": base64.b64encode(b"\x89PNG").decode()}).encode(), 0x2F)
+
+
+class Shelf:
+    """What the handler asks for documents and rows: a store whose answers are known."""
+
+    def __init__(self) -> None:
+        self.documents = {("user_data", "user_data:5"): PROFILE, ("user_images", "user_images:5"): PICTURE}
+        self.rows: list[bytes] = []
+        self.asked: list[object] = []
+
+    def get(self, collection: str, key: str) -> service.Document:
+        self.asked.append((collection, key))
+        try:
+            return self.documents[collection, key]
+        except KeyError:
+            raise service.ProblemError(404, "no such document") from None
+
+    def query(self, statement: str, parameters: dict[str, object]) -> list[bytes]:
+        self.asked.append((statement, parameters))
+        assert isinstance(parameters["offset"], int) and isinstance(parameters["limit"], int)
+        return self.rows[parameters["offset"] :][: parameters["limit"]]
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+@pytest.fixture
+def server() -> Iterator[service.ProfileServer]:
+    """A server that is bound and knows its token, but serves nobody."""
+    settings = service.read_settings(
+        ["--port", "0", "--metrics-port", "off", "--log-level", "error"],
+        {"COUCHBASE_HOST": "db", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"},
+    )
+    log = service.Log("error")
+    bound = service.ProfileServer(settings, service.ProfileStore(settings, log), log)
+    bound.store.tokens.adopt(TOKEN, 0.0)
+    yield bound
+    bound.server_close()
+
+
+def parse(raw: bytes) -> Answer:
+    head, _, body = raw.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    pairs = [line.split(": ", 1) for line in lines]
+    assert len({name for name, _ in pairs}) == len(pairs), "a header field twice"
+    return Answer(int(first.split(" ")[1]), {name.lower(): value for name, value in pairs}, body)
+
+
+@pytest.fixture
+def ask(server: service.ProfileServer, shelf: Shelf):
+    def ask(path: str, *fields: str, method: str = "GET", version: str = "1.1", internal: bool = False) -> Answer:
+        lines = [f"{method} {path} HTTP/{version}", "Host: a", *fields]
+        raw = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        handler = service.ProfileHandler(raw, ("192.0.2.1", 1), server, internal=internal)
+        return parse(handler.respond(shelf))
+
+    return ask
+
+
+BEARER = f"Authorization: Bearer {TOKEN}"
+
+
+def test_profile(ask) -> None:
+    answer = ask("/api/v1/id/5", BEARER)
+    assert (answer.status, answer.body) == (200, b'[{"record_id": 5}]')
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["content-length"] == str(len(answer.body))
+    assert answer.headers["etag"] == '"1f"'
+    assert answer.headers["cache-control"] == "private, no-cache"
+
+
+def test_picture_record_and_raw(ask) -> None:
+    assert ask("/api/v1/picture/record/5", BEARER).json() == [json.loads(PICTURE.value)]
+    raw = ask("/api/v1/picture/raw/5", BEARER)
+    assert (raw.status, raw.body, raw.headers["content-type"]) == (200, b"\x89PNG", "image/png")
+    assert raw.headers["content-security-policy"] == "default-src 'none'; sandbox"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"not json",
+        b"[]",
+        b"{}",
+        b'{"type": "png"}',
+        b'{"image": "QQ=="}',
+        b'{"type": "png", "image": ""}',
+        b'{"type": "png", "image": "Q"}',
+        b'{"type": "png", "image": "QQ==\\n"}',
+        b'{"type": "png", "image": 1}',
+        b'{"type": 1, "image": "QQ=="}',
+        b'{"type": "png\\r\\nX: y", "image": "QQ=="}',
+        b'{"type": "../png", "image": "QQ=="}',
+        b'{"type": "", "image": "QQ=="}',
+    ],
+)
+def test_unusable_picture_record_is_422(ask, shelf: Shelf, record: bytes) -> None:
+    shelf.documents["user_images", "user_images:5"] = service.Document(record, 1)
+    assert ask("/api/v1/picture/raw/5", BEARER).status == 422
+
+
+@pytest.mark.parametrize("route", ["nickname", "username"])
+def test_lookup_passes_the_value_as_a_parameter(ask, shelf: Shelf, route: str) -> None:
+    shelf.rows = [b'{"a": 1}', b'{"b": 2}']
+    answer = ask(f"/api/v1/{route}/x%22%20OR%201%3D1%20--", BEARER)
+    assert answer.body == b'[{"a": 1},{"b": 2}]'
+    assert "etag" not in answer.headers and "link" not in answer.headers
+    [(statement, parameters)] = shelf.asked
+    assert parameters == {"value": 'x" OR 1=1 --', "limit": 101, "offset": 0}
+    assert "OR 1=1" not in statement
+
+
+def test_lookup_without_match_is_404(ask) -> None:
+    assert ask("/api/v1/nickname/nobody", BEARER).status == 404
+
+
+def test_pages_are_linked_until_the_last(ask, shelf: Shelf) -> None:
+    """Following the links gives every row once, in order."""
+    shelf.rows = [b"%d" % number for number in range(25)]
+    path, got = "/api/v1/nickname/a%20%2F%3E?x=1&limit=10", []
+    for _ in range(3):
+        answer = ask(path, BEARER)
+        got += answer.json()
+        link = answer.headers.get("link")
+        if link is None:
+            break
+        assert link.startswith("</api/v1/nickname/a%20%2F%3E?limit=10&offset=") and link.endswith('>; rel="next"')
+        path = link[1 : link.index(">")]
+    assert got == list(range(25))
+    assert link is None
+
+
+def test_bad_page_is_400_before_any_query(ask, shelf: Shelf) -> None:
+    assert ask("/api/v1/username/x?limit=1001", BEARER).status == 400
+    assert shelf.asked == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/api", "/api/v1/id", "/api/v1/id/", "/api/v1/id/5/", "/api/v1/id/5/6", "/api/v2/id/5", "/API/v1/id/5"]
+    + ["/api/v1/picture/5", "/api/v1/picture/raw/", "//api/v1/id/5", "/api/v1/nickname/", "/healthz/", "/metrics"],
+)
+def test_no_such_route_is_404(ask, path: str) -> None:
+    answer = ask(path, BEARER)
+    assert answer.status == 404
+    assert answer.json()["detail"] == "no such route"
+
+
+@pytest.mark.parametrize("path", ["/api/v1/id/%zz", "/api/v1/id/%ff", "/api/v1/nickname/%00", "/api/v1/picture/raw/%"])
+def test_malformed_parameter_is_400(ask, path: str) -> None:
+    assert ask(path, BEARER).status == 400
+
+
+def test_key_length(ask, shelf: Shelf) -> None:
+    """The bound counts UTF-8 bytes of the whole key."""
+    most = service.MAX_KEY_BYTES - len("user_data:")
+    assert ask("/api/v1/id/" + "x" * most, BEARER).status == 404
+    assert ask("/api/v1/id/" + "x" * (most + 1), BEARER).status == 400
+    assert ask("/api/v1/id/" + "%C3%A9" * (most // 2), BEARER).status == 404
+    assert ask("/api/v1/id/" + "%C3%A9" * (most // 2 + 1), BEARER).status == 400
+
+
+class TestToken:
+    @pytest.mark.parametrize(
+        "field", [BEARER, f"authorization: bearer  {TOKEN} ", f"x-access-token: {TOKEN}", f"X-Access-Token: {TOKEN}"]
+    )
+    def test_accepted(self, ask, field: str) -> None:
+        assert ask("/api/v1/id/5", field).status == 200
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            (),
+            ("Authorization: Bearer",),
+            ("Authorization: Bearer wrong",),
+            (f"Authorization: {TOKEN}",),
+            (f"Authorization: Basic {TOKEN}",),
+            (f"Authorization: Bearer {TOKEN}x",),
+            (f"Authorization: Bearer {TOKEN} {TOKEN}",),
+            ("Authorization: Bearer \xff",),
+            ("x-access-token: wrong",),
+            ("x-access-token:",),
+            ("Authorization: Bearer wrong", f"x-access-token: {TOKEN}"),
+            (f"Cookie: token={TOKEN}",),
+        ],
+    )
+    @pytest.mark.parametrize("path", ["/api/v1/id/5", "/api/v1/nickname/x", "/api/v1/picture/raw/5", "/api/nope"])
+    def test_refused_on_every_api_route_before_anything_is_asked(self, ask, shelf: Shelf, path: str, fields) -> None:
+        answer = ask(path, *fields)
+        assert answer.status == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.headers["cache-control"] == "private, no-cache"
+        assert shelf.asked == []
+
+    def test_not_needed_elsewhere(self, ask) -> None:
+        assert ask("/healthz").status == 200
+        assert ask("/nope").status == 404
+
+
+class TestConditional:
+    @pytest.mark.parametrize("tags", ['"1f"', 'W/"1f"', '"0", "1f"', "*"])
+    def test_not_modified(self, ask, tags: str) -> None:
+        answer = ask("/api/v1/id/5", BEARER, f"If-None-Match: {tags}")
+        assert (answer.status, answer.body) == (304, b"")
+        assert answer.headers["etag"] == '"1f"'
+
+    def test_modified(self, ask) -> None:
+        assert ask("/api/v1/id/5", BEARER, 'If-None-Match: "20"').status == 200
+
+    def test_a_missing_document_stays_missing(self, ask) -> None:
+        assert ask("/api/v1/id/6", BEARER, "If-None-Match: *").status == 404
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/v1/id/5", "/api/v1/id/6", "/api/v1/picture/raw/5", "/healthz", "/readyz", "/nope", "/api/v1/id/%"]
+)
+def test_head_is_get_without_the_body(ask, path: str) -> None:
+    got, headed = ask(path, BEARER, "X-Request-ID: same"), ask(path, BEARER, "X-Request-ID: same", method="HEAD")
+    assert headed.body == b""
+    assert got.status == headed.status
+    assert got.headers | {"date": ""} == headed.headers | {"date": ""}
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "M-SEARCH"])
+def test_other_methods_are_405(ask, method: str) -> None:
+    answer = ask("/api/v1/id/5", BEARER, method=method)
+    assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+
+
+def test_every_answer_has_the_common_fields(ask) -> None:
+    for path, fields in {"/api/v1/id/5": [BEARER], "/nope": [], "/healthz": [], "/api/v1/id/4": []}.items():
+        answer = ask(path, *fields)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert parsedate_to_datetime(answer.headers["date"])
+        assert answer.headers["content-length"] == str(len(answer.body))
+        if answer.status >= 400:
+            assert answer.headers["content-type"] == "application/problem+json"
+            problem = answer.json()
+            assert set(problem) == {"title", "status", "detail", "request_id"}
+            assert problem["status"] == answer.status
+            assert problem["request_id"] == answer.headers["x-request-id"]
+
+
+def test_request_id_is_the_callers_if_sane(ask) -> None:
+    assert ask("/healthz", "X-Request-ID: abc-1._").headers["x-request-id"] == "abc-1._"
+    made = {
+        ask("/healthz", *fields).headers["x-request-id"]
+        for fields in ([], ["X-Request-ID: a b"], ["X-Request-ID: " + "x" * 65], ['X-Request-ID: "'], ["X-Request-ID:"])
+    }
+    assert len(made) == 5
+    assert not made & {"a b", "x" * 65, '"', ""}
+
+
+@pytest.mark.parametrize(
+    ("version", "option", "closes"),
+    [
+        ("1.1", "", None),
+        ("1.1", "Connection: close", "close"),
+        ("1.1", "Connection: x, CLOSE", "close"),
+        ("1.1", "Connection: keep-alive", None),
+        ("1.0", "", "close"),
+        ("1.0", "Connection: Keep-Alive", "keep-alive"),
+    ],
+)
+def test_connection(ask, version: str, option: str, closes: str | None) -> None:
+    fields = [option] if option else []
+    assert ask("/healthz", *fields, version=version).headers.get("connection") == closes
+
+
+def test_malformed_request_is_answered_and_closes(server: service.ProfileServer, shelf: Shelf) -> None:
+    handler = service.ProfileHandler(b"nonsense\r\n\r\n", ("192.0.2.1", 1), server, internal=False)
+    answer = parse(handler.respond(shelf))
+    assert (answer.status, answer.headers["connection"]) == (400, "close")
+    assert handler.close_connection
+
+
+def test_unexpected_failure_is_500_without_a_trace(ask, shelf: Shelf) -> None:
+    shelf.documents = None  # type: ignore[assignment]
+    answer = ask("/api/v1/id/5", BEARER)
+    assert answer.status == 500
+    assert b"NoneType" not in answer.body
+
+
+def test_not_ready(ask, server: service.ProfileServer) -> None:
+    """Before the token is known the API answers 503, liveness does not care."""
+    server.store.tokens = service.Tokens(30)
+    answer = ask("/api/v1/id/5", BEARER)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    assert ask("/healthz").status == 200
+    ready = ask("/readyz")
+    assert (ready.status, ready.headers["retry-after"]) == (503, "1")
+    assert ready.json()["reasons"]
+
+
+def test_draining(ask, server: service.ProfileServer) -> None:
+    server.draining = True
+    assert ask("/readyz").json()["reasons"] == ["draining"]
+    answer = ask("/api/v1/id/5", BEARER)
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+
+
+def test_metrics_only_on_their_own_port(ask) -> None:
+    assert ask("/metrics").status == 404
+    answer = ask("/metrics", internal=True)
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert b"couchbase_ready 1\n" in answer.body
+
+
+def test_a_request_that_waited_too_long_is_503(server: service.ProfileServer, shelf: Shelf) -> None:
+    server.queue_seconds = -1.0
+    raw = f"GET /api/v1/id/5 HTTP/1.1\r\nHost: a\r\n{BEARER}\r\n\r\n".encode()
+    handler = service.ProfileHandler(raw, ("192.0.2.1", 1), server, internal=False)
+    assert parse(handler.respond(shelf)).status == 503
+    assert shelf.asked == []
+
+
+class TestBatch:
+    """Several handlers, one fetch: each gets its own document."""
+
+    class Store:
+        def __init__(self) -> None:
+            self.calls: list[tuple[str, list[str]]] = []
+
+        def get(self, collection: str, key: str) -> service.Document:
+            self.calls.append((collection, [key]))
+            raise service.ProblemError(404, "no such document")
+
+        def get_many(self, collection: str, keys: list[str]) -> dict[str, service.Document | service.ProblemError]:
+            self.calls.append((collection, keys))
+            found: dict[str, service.Document | service.ProblemError]
+            found = {key: service.Document(key.encode(), 1) for key in keys if not key.endswith(("8", "9"))}
+            return found | {key: service.ProblemError(404, "no such document") for key in keys if key.endswith("8")}
+
+    def test_wanted_documents_are_fetched_at_once(self) -> None:
+        store = self.Store()
+        batch = service.Batch(store)  # type: ignore[arg-type]
+        keys = ["user_data:1", "user_data:2", "user_data:1", "user_data:8", "user_data:9"]
+        for key in keys:
+            with pytest.raises(service.DocumentPending):
+                batch.get("user_data", key)
+        with pytest.raises(service.DocumentPending):
+            batch.get("user_images", "user_images:1")
+        batch.fetch()
+        assert store.calls == [
+            ("user_data", ["user_data:1", "user_data:2", "user_data:8", "user_data:9"]),
+            ("user_images", ["user_images:1"]),
+        ]
+        assert batch.get("user_data", "user_data:2").value == b"user_data:2"
+        for key, status in (("user_data:8", 404), ("user_data:9", 500)):
+            with pytest.raises(service.ProblemError) as raised:
+                batch.get("user_data", key)
+            assert raised.value.status == status
+        with pytest.raises(service.ProblemError):
+            batch.get("user_images", "user_images:1")
+
+    def test_queries_are_for_other_workers(self) -> None:
+        with pytest.raises(service.QueryPending):
+            service.Batch(self.Store()).query("SELECT 1", {})  # type: ignore[arg-type]
