@@ -116,6 +116,7 @@ def _setting(
     """Describe one setting: its field's metadata is all that `read_settings`, `--help` and README's table need."""
     name = "--" + env.lower().removeprefix("service_").replace("_", "-") if flag else None
     return field(
+        repr=flag,  # what may not be a flag may not be printed either
         metadata={
             "env": env,
             "default": default,
@@ -123,7 +124,7 @@ def _setting(
             "meaning": meaning,
             "parse": parse,
             "flag": name,
-        }
+        },
     )
 
 
@@ -313,12 +314,38 @@ class Log:
 
 
 def describe(error: BaseException) -> str:
-    """Name an exception for the log. `str()` of some SDK exceptions raises one of its own: the class is enough then."""
+    """Name an exception for the log in one short line, without the keys and statements of the SDK's own texts.
+
+    `str()` and the properties of some SDK exceptions raise exceptions of their own: the class is enough then.
+    """
+    kind = type(error).__name__
     try:
-        text = str(error)
+        if not isinstance(error, cb.CouchbaseException):
+            return f"{kind}: {str(error)[:500]}"
+        context = error_context(error)
+        parts = [str(error.message)[:300]]
+        parts += [f"{name}={context[name]}" for name in _TELLING if context.get(name)]
+        return f"{kind}: {', '.join(parts)}"
     except Exception:  # whatever it is, the class is still worth logging
-        text = "no description"
-    return f"{type(error).__name__}: {text[:1000]}"
+        return kind
+
+
+_TELLING = (
+    "first_error_code",
+    "first_error_message",
+    "status_code",
+    "http_status",
+    "last_dispatched_to",
+    "retry_reasons",
+)
+
+
+def error_context(error: BaseException) -> dict[str, Any]:
+    """Return what the SDK knows about a failure; empty if it knows nothing."""
+    try:
+        return dict(error.error_context._get_base())  # type: ignore[attr-defined]  # has no public accessor for all
+    except Exception:
+        return {}
 
 
 # ── Problems ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -743,7 +770,7 @@ FAILURES = (
     Failure((cb.ValueFormatException,), 500, "the document is not JSON", "store this document as JSON"),
 )
 UNEXPECTED = Failure((), 500, "unexpected failure", "see the error")
-# What a query without a usable index says (error 4000): the SDK has no class of its own for it.
+NO_INDEX = 4000  # the query service's code for "no index available"; the SDK has no class of its own for it
 MISSING_INDEX = (
     f"CREATE INDEX by_nickname IF NOT EXISTS ON `{USERS}`(nickname); "
     f"CREATE INDEX by_user_id IF NOT EXISTS ON `{USERS}`(user_id)"
@@ -812,6 +839,11 @@ class ProfileStore:
             raise
         self._collections = {name: self._scope.collection(name) for name in (USERS, IMAGES, AUTH)}
         self._cluster = cluster
+
+    @property
+    def connected(self) -> bool:
+        """Whether `connect` has succeeded; from then on the SDK reconnects by itself."""
+        return self._cluster is not None
 
     def _explain_bucket(self, cluster: Any) -> None:
         """Tell a bucket that is missing from one that is slow: on the wire both look like a time-out, so ask."""
@@ -926,8 +958,8 @@ class ProfileStore:
     def problem(self, error: Exception, operation: str) -> ProblemError:
         """Say what a failure of the SDK means to the caller, and tell the operator what to do about it."""
         failure = next((row for row in FAILURES if isinstance(error, row.exceptions)), UNEXPECTED)
-        if failure is UNEXPECTED and operation == "query" and "4000" in describe(error):
-            failure = failure._replace(detail="the database's schema is incomplete", advice=MISSING_INDEX)
+        if error_context(error).get("first_error_code") == NO_INDEX:
+            failure = Failure((), 500, "the database's schema is incomplete", MISSING_INDEX)
         if failure.status != HTTPStatus.NOT_FOUND:
             level = "error" if failure.advice else "warning"
             self._log.event(
@@ -1356,10 +1388,11 @@ class ProfileServer(ThreadingHTTPServer):
         self._queries: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._asked: deque[Connection] = deque()
         self._awake = False
+        self._wake_end: socket.socket | None = None
         self._accepting = False
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        super().__init__(("", settings.port), ProfileHandler)  # type: ignore[arg-type]  # made by _enqueue
         self.metrics_socket: socket.socket | None = None
+        super().__init__(("", settings.port), ProfileHandler)  # type: ignore[arg-type]  # made by _enqueue
         try:
             if settings.metrics_port is not None:
                 self.metrics_socket = self._listen(settings.metrics_port)
@@ -1387,6 +1420,12 @@ class ProfileServer(ThreadingHTTPServer):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
         listener.setblocking(False)
         return listener
+
+    def server_close(self) -> None:
+        """Close both listening sockets."""
+        super().server_close()
+        if self.metrics_socket:
+            self.metrics_socket.close()
 
     def new_request_id(self) -> str:
         """Return an id for a request whose caller gave none; unique among all processes."""
@@ -1421,15 +1460,15 @@ class ProfileServer(ThreadingHTTPServer):
         """
         self._request_prefix = secrets.token_hex(6)  # here, not before: after a fork each process needs its own
         self._selector = selectors.DefaultSelector()
-        self._wake_end, wakeup = socket.socketpair()
-        self._wake_end.setblocking(False)
+        wake_end, wakeup = socket.socketpair()
+        wake_end.setblocking(False)
         wakeup.setblocking(False)
         self._selector.register(wakeup, selectors.EVENT_READ, self._obey)
         if self.metrics_socket:
             self._selector.register(self.metrics_socket, selectors.EVENT_READ, self._accept)
         self._watch_listener()
+        self._wake_end = wake_end
         self._start_workers()
-        self._wakeup = wakeup
         next_look = 0.0
         try:
             while not (self.draining and self._is_drained()):
@@ -1450,7 +1489,8 @@ class ProfileServer(ThreadingHTTPServer):
             for connection in list(self._connections):
                 self._close(connection)
             self._selector.close()
-            self._wake_end.close()
+            self._wake_end = None
+            wake_end.close()
             wakeup.close()
 
     def shutdown(self) -> None:
@@ -1487,7 +1527,8 @@ class ProfileServer(ThreadingHTTPServer):
         self._drain_started = now
         self._drain_deadline = now + self.settings.shutdown_seconds
         if self._accepting:
-            self._accept(self.socket)  # whoever the kernel has already let in
+            while self._accept(self.socket):  # whoever the kernel has already let in
+                pass
             self._selector.unregister(self.socket)
             self._accepting = False
         self.socket.close()
@@ -1501,8 +1542,8 @@ class ProfileServer(ThreadingHTTPServer):
         self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
         self._accepting = True
 
-    def _accept(self, listener: socket.socket) -> None:
-        """Accept whoever waits, at most so many at once that the clients already here are not kept waiting."""
+    def _accept(self, listener: socket.socket) -> bool:
+        """Accept whoever waits; stop after some, not to keep the clients already here waiting, and tell whether so."""
         for _ in range(64):
             try:
                 client, address = listener.accept()
@@ -1512,7 +1553,7 @@ class ProfileServer(ThreadingHTTPServer):
                     self.log.event("error", "cannot accept", error=describe(error), connections=len(self._connections))
                     self._selector.unregister(self.socket)
                     self._accepting = False
-                return
+                return False
             client.setblocking(False)
             internal = listener is self.metrics_socket
             host = address[0].removeprefix("::ffff:")
@@ -1522,6 +1563,7 @@ class ProfileServer(ThreadingHTTPServer):
             if len(self._connections) > self.settings.max_connections and not internal:
                 connection.refuse()
                 self._submit(connection, [unavailable("too many connections")])
+        return True
 
     def _watch(self, connection: Connection, events: int) -> None:
         """Have the selector watch for these events; 0 for none."""
@@ -1587,7 +1629,7 @@ class ProfileServer(ThreadingHTTPServer):
 
     def _wake(self) -> None:
         """Make the loop look at what it is asked for."""
-        if not self._awake:
+        if not self._awake and self._wake_end is not None:
             self._awake = True
             with contextlib.suppress(OSError):
                 self._wake_end.send(b"\0")
@@ -1762,6 +1804,10 @@ class ProfileServer(ThreadingHTTPServer):
 # ── Main: from the command line to the last answer ────────────────────────────────────────────────────────────────────
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CRASHED = 70  # EX_SOFTWARE of sysexits.h: a worker that ended so is started again
+
+
 def backoff(low: float = 0.2, high: float = 5.0) -> Iterator[float]:
     """Yield seconds to wait between tries: doubling from `low` to `high`, with jitter so that replicas spread out."""
     delay = low
@@ -1781,7 +1827,8 @@ def keep_token(store: ProfileStore, log: Log, stop: threading.Event, fatal: Call
     """
     for delay in backoff():
         try:
-            store.connect()
+            if not store.connected:
+                store.connect()
             store.read_token()
             break
         except FatalError as error:
@@ -1809,8 +1856,9 @@ def serve(server: ProfileServer, report: Callable[[str], None]) -> int:
         report(message)
         server.shutdown()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: server.shutdown())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `supervise` forks with them blocked
     keeper = threading.Thread(target=keep_token, args=(server.store, server.log, stop, fatal), daemon=True)
     keeper.start()
     server.serve_forever()
@@ -1839,23 +1887,32 @@ def supervise(server: ProfileServer) -> int:
         os.write(report, message.encode()[:4096])
 
     def start(worker: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the worker has handlers of its own
         child = os.fork()
         if child:
             children[child] = worker
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             return
-        log.worker = worker
-        os._exit(serve(server, tell_parent))
+        code = CRASHED
+        try:
+            log.worker = worker
+            code = serve(server, tell_parent)
+        except Exception as error:
+            log.event("error", "worker failure", error=describe(error))
+        finally:
+            os._exit(code)
 
     def stop(number: int, _frame: object) -> None:
         stopping.append(number)
+        server.server_close()  # else clients would wait for an accept that never comes
         for child in list(children):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGTERM)
 
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
     for worker in range(1, settings.workers + 1):
         start(worker)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
     code = 0
     delays = backoff(0.1)
     while children:
@@ -1872,7 +1929,8 @@ def supervise(server: ProfileServer) -> int:
         else:
             log.event("error", "a worker died; starting another", died=worker, exit_code=exited)
             time.sleep(next(delays))
-            start(worker)
+            if not stopping:
+                start(worker)
     return code
 
 

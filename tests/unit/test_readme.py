@@ -1,0 +1,50 @@
+"""README says what is true: its settings table, routes and commands are those of the code."""
+
+import ast
+import dataclasses
+import re
+
+import micro_svc_demo as service
+from tests.service import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def rows() -> list[str]:
+    """Return the settings table as the code has it."""
+    lines = []
+    for row in dataclasses.fields(service.Settings):
+        has = row.metadata
+        default = f"`{has['default']}`" if has["default"] else "none"
+        default = "required" if has["default"] is service.REQUIRED else default
+        flag = f"`{has['flag']}`" if has["flag"] else "–"
+        lines.append(f"| `{has['env']}` | {flag} | {default} | {has['allowed']} | {has['meaning']} |")
+    return lines
+
+
+def test_settings_table_is_that_of_the_code() -> None:
+    table = README.partition("## Settings")[2].partition("\n## ")[0]
+    assert [line for line in table.splitlines() if line.startswith("| `")] == rows()
+
+
+def test_routes_are_those_of_do_get() -> None:
+    """Each route template and path of the dispatch chain is in README, and the other way round."""
+    tree = ast.parse((ROOT / "micro_svc_demo.py").read_text(encoding="utf-8"))
+    do_get = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "do_GET")
+    texts = {node.value for node in ast.walk(do_get) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    routes = {text for text in texts if text.startswith("/") and (text.endswith("}") or text.count("/") == 1)} - {"/"}
+    assert len(routes) >= 8
+    assert set(re.findall(r"^- `GET (\S+)`", README, re.MULTILINE)) == routes
+
+
+def test_commands_name_files_and_modules_that_exist() -> None:
+    for name in set(re.findall(r"-r (\S+\.txt)", README)):
+        assert (ROOT / name).is_file(), name
+    for name in set(re.findall(r"python -m (tests[\w.]*)", README)):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
+
+
+def test_the_two_commands_stand_on_one_line_each() -> None:
+    commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+    assert [command.rpartition(" -m ")[2] for command in commands] == ["tests.demo", "pytest"]
