@@ -1,0 +1,237 @@
+"""The management service over HTTP: what SDKs ask of the cluster, its buckets, scopes and collections.
+
+Paths, statuses and messages are those of the server's REST API, as far as SDKs look at them.
+"""
+
+import json
+import re
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from tests.emulator.documents import AlreadyExistsError, Bucket, Cluster
+from tests.emulator.faults import Faults
+from tests.emulator.layout import Layout
+from tests.emulator.users import Users
+from tests.emulator.wire import VBUCKETS
+
+VERSION = "7.6.0-0000-enterprise"
+NAME = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_%-]{0,250}")
+"""Names of scopes and collections: 1 to 251 characters, not starting with ``_`` or ``%``."""
+NOT_FOUND = "Requested resource not found.\r\n"
+
+
+def guard(users: Users, faults: Faults, node: int) -> Middleware:
+    """Return the middleware that does the faults of management and asks for a user and password (RFC 7617)."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await faults.before("management", request.path, node)
+        if users.verify_basic(request.headers.get("Authorization")) is None:
+            return web.Response(status=401, headers={"WWW-Authenticate": 'Basic realm="Couchbase Server Admin / REST"'})
+        return await handler(request)
+
+    return check
+
+
+class Management:
+    """One node's management service."""
+
+    def __init__(self, node: int, cluster: Cluster, layout: Layout) -> None:
+        """Manage `cluster` as node number `node` of `layout`."""
+        self._node = node
+        self._cluster = cluster
+        self._layout = layout
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the routes, to be put into an application."""
+        bucket = "/pools/default/buckets/{bucket}"
+        return [
+            web.get("/", self.root),
+            web.get("/pools", self.pools),
+            web.get("/pools/default", self.pool),
+            web.get("/pools/default/nodeServices", self.node_services),
+            web.get("/pools/default/buckets", self.buckets),
+            web.get(bucket, self.bucket),
+            web.get("/pools/default/b/{bucket}", self.terse_bucket),
+            web.get(bucket + "/scopes", self.scopes),
+            web.post(bucket + "/scopes", self.create_scope),
+            web.post(bucket + "/scopes/@ensureManifest/{uid}", self.ensure_manifest),
+            web.delete(bucket + "/scopes/{scope}", self.drop_scope),
+            web.post(bucket + "/scopes/{scope}/collections", self.create_collection),
+            web.delete(bucket + "/scopes/{scope}/collections/{collection}", self.drop_collection),
+        ]
+
+    # ---- the cluster and its buckets ----
+
+    async def root(self, request: web.Request) -> web.Response:
+        """Answer a ping."""
+        return web.Response(text="")
+
+    async def pools(self, request: web.Request) -> web.Response:
+        """Say what kind of cluster it is."""
+        return web.json_response(
+            {
+                "isAdminCreds": True,
+                "implementationVersion": VERSION,
+                "uuid": "",
+                "pools": [{"name": "default", "uri": "/pools/default"}],
+                "componentsVersion": {"ns_server": VERSION},
+            }
+        )
+
+    async def pool(self, request: web.Request) -> web.Response:
+        """List the nodes."""
+        return web.json_response(
+            {
+                "name": "default",
+                "clusterName": "emulator",
+                "nodes": self._nodes(),
+                "buckets": {"uri": "/pools/default/buckets"},
+                "rebalanceStatus": "none",
+                "balanced": True,
+            }
+        )
+
+    async def node_services(self, request: web.Request) -> web.Response:
+        """Give the configuration without a bucket."""
+        return web.json_response(self._layout.cluster_config(self._node))
+
+    async def buckets(self, request: web.Request) -> web.Response:
+        """List the buckets."""
+        return web.json_response([self._bucket_info(bucket) for bucket in self._cluster.buckets.values()])
+
+    async def bucket(self, request: web.Request) -> web.Response:
+        """Describe one bucket."""
+        return web.json_response(self._bucket_info(self._named_bucket(request)))
+
+    async def terse_bucket(self, request: web.Request) -> web.Response:
+        """Give a bucket's configuration, as over key-value."""
+        return web.json_response(self._layout.bucket_config(self._named_bucket(request), self._node))
+
+    # ---- scopes and collections ----
+
+    async def scopes(self, request: web.Request) -> web.Response:
+        """Give the collections manifest."""
+        return web.json_response(self._named_bucket(request).manifest())
+
+    async def create_scope(self, request: web.Request) -> web.Response:
+        """Make the scope that the form's ``name`` says."""
+        bucket = self._named_bucket(request)
+        name = await _form_name(request)
+        try:
+            bucket.create_scope(name)
+        except AlreadyExistsError:
+            raise _bad_request(f'Scope with name "{name}" already exists') from None
+        except ValueError as error:
+            raise _bad_request(str(error)) from None
+        return _uid(bucket)
+
+    async def drop_scope(self, request: web.Request) -> web.Response:
+        """Remove a scope; the default one stays."""
+        bucket, name = self._named_bucket(request), request.match_info["scope"]
+        if name.startswith("_"):
+            raise _bad_request("Deleting _default scope is not allowed")
+        try:
+            bucket.drop_scope(name)
+        except KeyError:
+            raise _not_found(f'Scope with name "{name}" is not found') from None
+        return _uid(bucket)
+
+    async def create_collection(self, request: web.Request) -> web.Response:
+        """Make the collection that the form's ``name`` says."""
+        bucket, scope = self._named_bucket(request), request.match_info["scope"]
+        name = await _form_name(request)
+        try:
+            bucket.create_collection(scope, name)
+        except KeyError:
+            raise _not_found(f'Scope with name "{scope}" is not found') from None
+        except AlreadyExistsError:
+            raise _bad_request(f'Collection with name "{name}" in scope "{scope}" already exists') from None
+        except ValueError as error:
+            raise _bad_request(str(error)) from None
+        return _uid(bucket)
+
+    async def drop_collection(self, request: web.Request) -> web.Response:
+        """Remove a collection and its documents."""
+        bucket = self._named_bucket(request)
+        scope, name = request.match_info["scope"], request.match_info["collection"]
+        if scope not in bucket.scopes:
+            raise _not_found(f'Scope with name "{scope}" is not found')
+        if name.startswith("_"):
+            raise _bad_request("Deleting _default collection is not allowed")
+        try:
+            bucket.drop_collection(scope, name)
+        except KeyError:
+            raise _not_found(f'Collection with name "{name}" in scope "{scope}" is not found') from None
+        return _uid(bucket)
+
+    async def ensure_manifest(self, request: web.Request) -> web.Response:
+        """Say that every node knows the manifest: they share it."""
+        self._named_bucket(request)
+        return web.Response(text="")
+
+    # ---- helpers ----
+
+    def _named_bucket(self, request: web.Request) -> Bucket:
+        bucket = self._cluster.buckets.get(request.match_info["bucket"])
+        if bucket is None:
+            raise web.HTTPNotFound(text=NOT_FOUND)
+        return bucket
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "hostname": f"$HOST:{ports.plain['management']}",
+                "ports": {"direct": ports.plain["kv"]},
+                "status": "healthy",
+                "clusterMembership": "active",
+                "services": ["kv", "n1ql"],
+                "version": VERSION,
+                "thisNode": index == self._node,
+            }
+            for index, ports in enumerate(self._layout.nodes)
+        ]
+
+    def _bucket_info(self, bucket: Bucket) -> dict[str, Any]:
+        path = f"/pools/default/buckets/{bucket.name}"
+        return self._layout.bucket_config(bucket, self._node) | {
+            "bucketType": "membase",
+            "storageBackend": "couchstore",
+            "evictionPolicy": "valueOnly",
+            "conflictResolutionType": "seqno",
+            "durabilityMinLevel": "none",
+            "compressionMode": "off",
+            "replicaNumber": self._layout.replicas,
+            "replicaIndex": False,
+            "maxTTL": 0,
+            "numVBuckets": VBUCKETS,
+            "quota": {"ram": self._cluster.memory.quota, "rawRAM": self._cluster.memory.quota},
+            "basicStats": {"itemCount": sum(len(collection) for collection in bucket.collections_by_id.values())},
+            "controllers": {},
+            "saslPassword": "",
+            "authType": "sasl",
+            "nodes": self._nodes(),
+            "stats": {"uri": path + "/stats"},
+        }
+
+
+async def _form_name(request: web.Request) -> str:
+    """Return the form's ``name``, or raise the 400 that the server would answer."""
+    name = (await request.post()).get("name")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise _bad_request("Value must be 1 to 251 characters of A-Z, a-z, 0-9, _, - and %, and not start with _ or %")
+    return name
+
+
+def _bad_request(message: str) -> web.HTTPBadRequest:
+    return web.HTTPBadRequest(text=json.dumps({"errors": {"_": message}}), content_type="application/json")
+
+
+def _not_found(message: str) -> web.HTTPNotFound:
+    return web.HTTPNotFound(text=json.dumps({"errors": {"_": message}}), content_type="application/json")
+
+
+def _uid(bucket: Bucket) -> web.Response:
+    return web.json_response({"uid": f"{bucket.manifest_uid:x}"})

@@ -1,0 +1,293 @@
+"""From start to stop: probes while Couchbase is not there, helpful refusals, token rotation, drain, workers."""
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.emulator.process import EmulatorProcess
+from tests.service import ROOT, ServiceProcess, settings_for
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def test_start_up_line(service: ServiceProcess, database) -> None:
+    [line] = [line for line in service.lines if line["message"] == "listening"]
+    assert line["level"] == "info"
+    assert (line["port"], line["metrics_port"]) == (service.port, service.metrics_port)
+    assert (line["cluster"], line["bucket"], line["scope"]) == (
+        database.connection_string,
+        database.bucket,
+        "profiles",
+    )
+    assert line["workers"] == int(service.environment["WORKERS"])
+    assert line["threads"] == 8
+    assert line["address"]
+
+
+def test_nothing_secret_is_printed(database) -> None:
+    """Neither the password nor the token reaches the log, whatever was asked."""
+    service = ServiceProcess(settings_for(database) | {"LOG_LEVEL": "debug"})
+    with service:
+        for token in (database.token, "marked-wrong-token"):
+            for path in ("/api/v1/id/1", "/api/v1/nickname/marked-name", "/api/v1/id/%zz", "/nope/marked-path"):
+                service.get(path, token)
+    printed = "".join(service.raw_lines)
+    assert '"message": "request"' in printed
+    for secret in (database.password, database.token, "marked-wrong-token", "marked-name", "marked-path"):
+        assert secret not in printed
+
+
+def test_access_log_has_a_line_a_request(database) -> None:
+    with ServiceProcess(settings_for(database)) as service:
+        service.get("/api/v1/id/1", database.token, X_Request_ID="abc")
+        line = service.wait_for("request")
+    assert (line["request_id"], line["method"], line["route"]) == ("abc", "GET", "/api/v1/id/{id}")
+    assert (line["status"], line["client"]) == (200, "127.0.0.1")
+    assert line["bytes"] > 0 and line["duration_ms"] > 0
+
+
+def test_access_log_can_be_turned_off(database) -> None:
+    with ServiceProcess(settings_for(database), "--access-log", "false") as service:
+        assert service.get("/api/v1/id/1", database.token).status == 200
+    assert [line for line in service.lines if line["message"] == "request"] == []
+
+
+def test_couchbase_absent_at_start() -> None:
+    """Alive but not ready at once; ready by itself when Couchbase appears."""
+    port = free_port()
+    settings = {"COUCHBASE_HOST": f"couchbase://127.0.0.1:{port}", "COUCHBASE_USER": "demo", "COUCHBASE_PASSWORD": "p"}
+    service = ServiceProcess(settings).start()
+    try:
+        assert service.get("/healthz").status == 200
+        ready = service.get("/readyz")
+        assert (ready.status, ready.json()["reasons"]) == (503, ["Couchbase: not connected yet"])
+        answer = service.get("/api/v1/id/1", "late")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        with EmulatorProcess(profiles=10, token="late", kv_port=port, password="p"):
+            service.wait_until_ready()
+            assert service.get("/api/v1/id/1", "late").status == 200
+    finally:
+        assert service.stop() == 0
+
+
+def test_retries_are_logged_with_growing_pauses(emulator: EmulatorProcess) -> None:
+    """A Couchbase that answers with temporary failures is tried again and again."""
+    with EmulatorProcess(profiles=10, token="t") as own:
+        own.fault("status", status=0x86, operation="lookup_in")
+        service = ServiceProcess(settings_for(own) | {"COUCHBASE_TIMEOUT_MS": "100"}).start()
+        try:
+            pauses = [service.wait_for("Couchbase is not there yet")["retry_seconds"] for _ in range(4)]
+            assert pauses[3] > pauses[0]
+            own.clear()
+            service.wait_until_ready()
+        finally:
+            service.stop()
+
+
+class TestRefusals:
+    """What waiting cannot cure ends the process: exit code 1, and one line that says what to do."""
+
+    def refused(self, settings: dict[str, str], *arguments: str) -> str:
+        service = ServiceProcess(settings, *arguments).start()
+        try:
+            advice: str = service.wait_for("cannot serve")["advice"]
+        finally:
+            code = service.stop()
+        assert code == 1
+        assert len([line for line in service.lines if line["level"] == "error"]) == 1
+        assert settings["COUCHBASE_PASSWORD"] not in "".join(service.raw_lines)
+        return advice
+
+    @pytest.mark.parametrize("workers", ["1", "2"])
+    def test_wrong_password(self, database, workers: str) -> None:
+        settings = settings_for(database) | {"COUCHBASE_PASSWORD": "marked-wrong", "WORKERS": workers}
+        assert "COUCHBASE_PASSWORD" in self.refused(settings)
+
+    def test_missing_bucket(self, database) -> None:
+        advice = self.refused(settings_for(database) | {"COUCHBASE_BUCKET": "nowhere"})
+        assert "bucket 'nowhere' does not exist" in advice and "COUCHBASE_BUCKET" in advice
+
+    def test_missing_scope(self, database) -> None:
+        advice = self.refused(settings_for(database) | {"COUCHBASE_SCOPE": "nowhere"})
+        assert "no scope 'nowhere'" in advice and "tests.sample_data" in advice
+
+    def test_missing_collection(self) -> None:
+        with EmulatorProcess(empty=True) as empty:
+            settings = settings_for(empty) | {"COUCHBASE_SCOPE": "_default", "COUCHBASE_TIMEOUT_MS": "500"}
+            advice = self.refused(settings)
+        assert "'service_auth' does not exist" in advice and "tests.sample_data" in advice
+
+    def test_missing_token_document(self) -> None:
+        with EmulatorProcess(profiles=1, token="t") as own:
+            own.set_token(None)
+            advice = self.refused(settings_for(own))
+        assert "'service_auth:1' does not exist" in advice and "tests.sample_data" in advice
+
+    def test_unusable_token(self) -> None:
+        """An empty token would let everybody in."""
+        with EmulatorProcess(profiles=1, token="t") as own:
+            own.set_token("")
+            advice = self.refused(settings_for(own))
+        assert "visible ASCII" in advice
+
+
+def test_port_in_use_is_one_line(database) -> None:
+    with socket.create_server(("", 0)) as taken:
+        for name in ("SERVICE_PORT", "METRICS_PORT"):
+            settings = {"SERVICE_PORT": "0", "METRICS_PORT": "0"} | {name: str(taken.getsockname()[1])}
+            ended = subprocess.run(
+                [sys.executable, str(ROOT / "micro_svc_demo.py")],
+                env=dict(os.environ) | settings_for(database) | settings,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert (ended.returncode, ended.stdout) == (1, "")
+            assert ended.stderr.count("\n") == 1 and "in use" in ended.stderr
+
+
+class TestToken:
+    def test_rotation(self) -> None:
+        """The new token works within the period, the old one for one more, then not; valid ones are never refused."""
+        with (
+            EmulatorProcess(profiles=10, token="old") as own,
+            ServiceProcess(settings_for(own) | {"TOKEN_REFRESH_SECONDS": "1"}) as service,
+        ):
+            own.set_token("new")
+            changed = time.monotonic()
+            while service.get("/api/v1/id/1", "new").status != 200:
+                assert service.get("/api/v1/id/1", "old").status == 200
+                assert time.monotonic() < changed + 3
+            assert service.get("/api/v1/id/1", "old").status == 200
+            while service.get("/api/v1/id/1", "old").status != 401:
+                assert service.get("/api/v1/id/1", "new").status == 200
+                assert time.monotonic() < changed + 5
+
+    def test_a_failed_re_read_keeps_the_token_and_is_logged(self) -> None:
+        with (
+            EmulatorProcess(profiles=10, token="t") as own,
+            ServiceProcess(settings_for(own) | {"TOKEN_REFRESH_SECONDS": "1"}) as service,
+        ):
+            own.set_token(None)
+            line = service.wait_for("the token could not be read again; the last one stays")
+            assert line["level"] == "warning" and "does not exist" in line["error"]
+            assert service.get("/api/v1/id/1", "t").status == 200
+
+
+class TestDrain:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("workers", ["1", "2"])
+    def test_running_requests_finish(self, clean_faults: EmulatorProcess, number: int, workers: str) -> None:
+        """A request that is under way when the signal comes is answered, with Connection: close; exit code 0."""
+        own = clean_faults
+        with ServiceProcess(settings_for(own) | {"WORKERS": workers}) as service:
+            own.fault("latency", ms=700, operation="get")
+            before = own.stats()["operations"].get("get", 0)
+            connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+            connection.request("GET", "/api/v1/id/1", headers={"Authorization": f"Bearer {own.token}"})
+            while own.stats()["operations"].get("get", 0) == before:
+                time.sleep(0.01)  # until the request is at the database
+            service.process.send_signal(number)
+            response = connection.getresponse()
+            assert (response.status, response.getheader("Connection")) == (200, "close")
+            assert response.read().startswith(b'[{"record_id"')
+            connection.close()
+            assert service.process.wait(20) == 0
+            with pytest.raises(OSError, match="refused"):
+                socket.create_connection(("127.0.0.1", service.port), timeout=5).close()
+
+    def test_idle_connections_are_told_or_closed(self, database) -> None:
+        """An idle keep-alive connection that asks once more is served; one that stays silent is closed."""
+        with ServiceProcess(settings_for(database)) as service:
+            talking = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+            silent = socket.create_connection(("127.0.0.1", service.port), timeout=10)
+            talking.request("GET", "/healthz")
+            talking.getresponse().read()
+            service.process.send_signal(signal.SIGTERM)
+            assert service.get("/readyz", port=service.metrics_port).json()["reasons"] == ["draining"]
+            talking.request("GET", "/healthz")
+            response = talking.getresponse()
+            assert (response.status, response.getheader("Connection")) == (200, "close")
+            response.read()
+            assert silent.recv(1) == b""
+            assert service.process.wait(20) == 0
+            talking.close()
+            silent.close()
+
+    def test_shutdown_seconds_bound_the_drain(self, clean_faults: EmulatorProcess) -> None:
+        with ServiceProcess(settings_for(clean_faults), "--shutdown-seconds", "1") as service:
+            clean_faults.fault("freeze", service="kv")
+            connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+            headers = {"Authorization": f"Bearer {clean_faults.token}"}
+            connection.request("GET", "/api/v1/id/1", headers=headers)
+            started = time.monotonic()
+            service.process.send_signal(signal.SIGTERM)
+            assert service.process.wait(20) == 0
+            assert time.monotonic() - started < 10
+            connection.close()
+
+
+class TestWorkers:
+    def children(self, service: ServiceProcess) -> set[int]:
+        task = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
+        return {int(child) for child in task.read_text().split()}
+
+    @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to find the workers")
+    def test_a_worker_that_dies_is_replaced(self, database) -> None:
+        with ServiceProcess(settings_for(database) | {"WORKERS": "2"}) as service:
+            before = self.children(service)
+            assert len(before) == 2
+            os.kill(min(before), signal.SIGKILL)
+            line = service.wait_for("a worker died; starting another")
+            assert (line["level"], line["exit_code"]) == ("error", -signal.SIGKILL)
+            service.wait_for("ready")
+            assert len(self.children(service) - before) == 1
+            assert service.get("/api/v1/id/1", database.token).status == 200
+            assert service.stop() == 0
+
+
+def test_a_client_that_vanishes_leaves_the_service_well(database) -> None:
+    """Connections reset in the middle of requests: the next client is served, and nothing is logged about it."""
+    with ServiceProcess(settings_for(database)) as service:
+        head = f"GET /api/v1/picture/raw/1 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {database.token}\r\n\r\n"
+
+        def vanish() -> None:
+            stream = socket.create_connection(("127.0.0.1", service.port), timeout=10)
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+            stream.sendall(head.encode() * 3)
+            stream.close()  # with a reset
+
+        threads = [threading.Thread(target=vanish) for _ in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert service.get("/api/v1/picture/raw/1", database.token).status == 200
+    assert [line for line in service.lines if line["level"] == "error"] == []
+
+
+def test_failures_of_the_database_have_their_status(clean_faults: EmulatorProcess) -> None:
+    """A time-out is 504 and unavailability 503 with Retry-After, for documents and lookups alike."""
+    own = clean_faults
+    settings = settings_for(own) | {"COUCHBASE_TIMEOUT_MS": "200", "COUCHBASE_QUERY_TIMEOUT_MS": "300"}
+    with ServiceProcess(settings) as service:
+        own.fault("freeze", service="kv")
+        assert service.get("/api/v1/id/1", own.token).status == 504
+        own.clear()
+        own.fault("freeze", service="query")
+        assert service.get("/api/v1/nickname/x", own.token).status == 504
+        assert service.get("/api/v1/id/1", own.token).status == 200
+        own.clear()
+        assert service.get("/api/v1/nickname/x", own.token).status == 404
