@@ -21,6 +21,8 @@ import errno
 import hmac
 import itertools
 import json
+import math
+import mmap
 import os
 import queue
 import random
@@ -404,12 +406,21 @@ _FIELD_LINES = re.compile(f"(?:{_FIELD})*+\r\n")
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _AUTHORITY = re.compile(rf"(?:{_HOST})(?::[0-9]{{0,5}})?")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE | re.DOTALL)
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~]{0,256})?\r\n")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~]{0,256})?\r\n")
+# What can still become a head, or the line before a chunk.
+_BEGINNING = re.compile(rb"(?:\r\n)?(?:[A-Z][A-Z0-9_-]{0,31}(?: |\Z)|\Z)|\r\Z")
+_CHUNK_LINE_BEGINNING = re.compile(rb"(?:[0-9A-Fa-f]{1,8}(?:;[\t -~]{0,256})?)?\r?\Z")
+_MAX_BEGINNING_BYTES = 40
+_MAX_REQUEST_LINE_BYTES = MAX_TARGET_BYTES + 64
 
 # Fields of which a second one would leave it open which of the two counts.
 _SINGLE_FIELDS = frozenset(
     ("authorization", "content-length", "content-type", "expect", "host", "transfer-encoding", "x-access-token")
 )
+# What a gateway that turns dashes into underscores (as CGI does) would take for the framing.
+_DISGUISED_FIELDS = frozenset(("content_length", "transfer_encoding"))
+# What may not come after the body, where it would change how the message before it is read (RFC 9110, 6.5.1).
+_FORBIDDEN_TRAILERS = _SINGLE_FIELDS | _DISGUISED_FIELDS | {"connection", "content-encoding", "cookie", "trailer", "te"}
 
 
 class Head(NamedTuple):
@@ -446,11 +457,15 @@ def parse_head(raw: bytes) -> Head:
         raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
     if len(pairs) > MAX_FIELDS or len(raw) > MAX_HEAD_BYTES:
         raise ProblemError(431, f"the head has more than {MAX_FIELDS} fields or {MAX_HEAD_BYTES} bytes")
-    if target[0] != "/":
-        target = _origin_form(target, found)
+    if not _DISGUISED_FIELDS.isdisjoint(found):
+        raise ProblemError(400, "a framing field under a disguised name")
     host = found.get("host")
     if (host is None and minor == "1") or (host and _AUTHORITY.fullmatch(host) is None):
         raise ProblemError(400, "missing or malformed Host")
+    if target[0] != "/":
+        target = _origin_form(method, target, found)
+    if minor == "1" and found.get("expect", "100-continue").lower() != "100-continue":
+        raise ProblemError(417, "the only expectation that can be met is 100-continue")
     return Head(method, target, f"HTTP/1.{minor}", found)
 
 
@@ -467,10 +482,15 @@ def _join_repeated(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return joined
 
 
-def _origin_form(target: str, found: dict[str, str]) -> str:
-    """Reduce an absolute-form target to its path and query; its authority replaces Host (RFC 9112, 3.2.2)."""
+def _origin_form(method: str, target: str, found: dict[str, str]) -> str:
+    """Reduce an absolute-form target to its path and query; its authority replaces Host (RFC 9112, 3.2.2).
+
+    The other two forms belong to one method each: `*` to OPTIONS, a bare authority to CONNECT.
+    """
+    if (method == "OPTIONS" and target == "*") or (method == "CONNECT" and _AUTHORITY.fullmatch(target)):
+        return target
     absolute = _ABSOLUTE_FORM.fullmatch(target)
-    if absolute is None or not absolute[1]:
+    if absolute is None or not absolute[1] or not _AUTHORITY.fullmatch(absolute[1]):
         raise ProblemError(400, "the target is neither a path nor an absolute http URL")
     found["host"] = absolute[1]
     rest = absolute[2]
@@ -500,7 +520,7 @@ def body_length(head: Head) -> int | None:
 class Framer:
     """Cuts a client's bytes into whole request heads; bodies are skipped. Pure: bytes in, heads out."""
 
-    __slots__ = ("_body", "_head", "_inbox", "_scanned", "_skipped", "refused")
+    __slots__ = ("_body", "_head", "_inbox", "_scanned", "_skipped", "_trailers", "expects_continue", "refused")
 
     def __init__(self) -> None:
         self._inbox = bytearray()
@@ -508,28 +528,42 @@ class Framer:
         self._head: bytes | None = None  # a head whose body is still coming
         self._body: int | None = 0  # bytes of it to skip; None: chunked
         self._skipped = 0
+        self._trailers = False  # the last chunk is behind
+        self.expects_continue = False  # the client waits for a 100 before it sends the body
         self.refused = False
 
     @property
     def partial(self) -> bool:
         """Whether a request has begun that is not whole yet."""
-        return bool(self._inbox) or self._head is not None
+        if self._head is None and not self._inbox:
+            return False
+        # an empty line before the next request begins nothing yet
+        return self._head is not None or not b"\r\n".startswith(self._inbox)
 
-    def feed(self, data: bytes) -> list[bytes | ProblemError]:
-        """Take what was received; return the heads that are whole now, last of all the problem that ends the stream."""
+    def feed(self, data: bytes, room: int = 1 << 30) -> list[bytes | ProblemError]:
+        """Take what was received; return the heads that are whole now.
+
+        Args:
+            data: the bytes; may be empty, to get what an earlier call had no room for.
+            room: how many heads to return at most, at least 1.
+
+        Returns:
+            The heads, and last of all the problem that ends the stream, if there is one.
+        """
         if self.refused:
             return []
         if (
             not self._inbox
             and self._head is None
             and 0 <= data.find(_END_OF_HEAD) == len(data) - len(_END_OF_HEAD)
+            and len(data) <= MAX_TARGET_BYTES
             and not _has_body(data)
         ):
             return [data]  # the common case: one whole head and nothing else
         self._inbox += data
         found: list[bytes | ProblemError] = []
         try:
-            while (head := self._next()) is not None:
+            while len(found) < room and (head := self._next()) is not None:
                 found.append(head)
         except ProblemError as problem:
             found.append(problem)
@@ -539,66 +573,106 @@ class Framer:
     def refuse(self) -> None:
         """Forget what is buffered and take no more: after a malformed message nothing on the stream can be trusted."""
         self.refused = True
+        self.expects_continue = False
         self._inbox = bytearray()
         self._head = None
 
     def _next(self) -> bytes | None:
         if self._head is None:
             end = self._inbox.find(_END_OF_HEAD, max(0, self._scanned - 3))
+            if end < 0 or end > MAX_TARGET_BYTES:  # below that size no bound can be missed
+                self._check_beginning(len(self._inbox) if end < 0 else end + 4)
             if end < 0:
-                self._check_partial()
                 return None
-            self._head = bytes(self._inbox[: end + 4])
+            head = bytes(self._inbox[: end + 4])
             del self._inbox[: end + 4]
-            self._scanned = self._skipped = 0
-            self._body = body_length(parse_head(self._head)) if _has_body(self._head) else 0
-        if not (self._skip_chunks() if self._body is None else self._skip_bytes()):
+            self._scanned = 0
+            if not _has_body(head):
+                return head
+            parsed = parse_head(head)
+            self._head, self._body, self._skipped, self._trailers = head, body_length(parsed), 0, False
+            self.expects_continue = parsed.version == "HTTP/1.1" and "expect" in parsed.fields and self._body != 0
+        if self._inbox:
+            self.expects_continue = False  # it did not wait
+        if not (self._skip_chunks() if self._body is None else self._skip_bytes(self._body)):
             return None
-        head, self._head = self._head, None
-        return head
+        whole, self._head = self._head, None
+        return whole
 
-    def _check_partial(self) -> None:
-        """Refuse early what can never become a valid head, so that nobody waits for its end."""
-        inbox = self._inbox
-        if _BARE_LINE_END.search(inbox, max(0, self._scanned - 1)):
-            raise ProblemError(400, "a line ends with a bare CR or LF")
-        self._scanned = len(inbox)
-        line_end = inbox.find(b"\n", 2, MAX_TARGET_BYTES + 64)
-        if line_end >= 0 and not _REQUEST_LINE.match(inbox[: line_end + 1].decode("latin-1")):
+    def _check_beginning(self, length: int) -> None:
+        """Refuse early what can never become a valid head, so that nobody waits for its end.
+
+        Looks at the same bytes in the same order however they were cut, so that the answer is the same too.
+        """
+        inbox, length = self._inbox, min(length, MAX_HEAD_BYTES + 1)
+        scanned = self._scan(length)
+        if scanned < _MAX_BEGINNING_BYTES and not _BEGINNING.match(inbox[:_MAX_BEGINNING_BYTES]):
             raise ProblemError(400, "malformed request line")
-        if line_end < 0 and len(inbox) > MAX_TARGET_BYTES + 64:
+        line_end = inbox.find(b"\n", 2, _MAX_REQUEST_LINE_BYTES)
+        if line_end >= scanned and not _REQUEST_LINE.match(inbox[: line_end + 1].decode("latin-1")):
+            raise ProblemError(400, "malformed request line")
+        if line_end < 0 and length > _MAX_REQUEST_LINE_BYTES:
             raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
-        if len(inbox) > MAX_HEAD_BYTES:
+        if length > MAX_HEAD_BYTES:
             raise ProblemError(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
 
-    def _skip_bytes(self) -> bool:
-        assert self._body is not None  # noqa: S101  # for the type checker: None takes the other way
-        taken = min(self._body, len(self._inbox))
+    def _scan(self, length: int) -> int:
+        """Look at the bytes that are new for bare line ends; return how many were old. Each byte is looked at once."""
+        scanned, self._scanned = self._scanned, length
+        bare = _BARE_LINE_END.search(self._inbox, max(0, scanned - 1), length)
+        if bare:
+            raise ProblemError(400, "a line ends with a bare CR or LF")
+        return scanned
+
+    def _skip_bytes(self, left: int) -> bool:
+        taken = min(left, len(self._inbox))
         del self._inbox[:taken]
-        self._body -= taken
+        self._body = left - taken
         return not self._body
 
     def _skip_chunks(self) -> bool:
-        """Skip whole chunks (RFC 9112, 7.1); trailer fields are not taken."""
+        """Skip whole chunks, then the trailer fields (RFC 9112, 7.1)."""
         inbox = self._inbox
-        while True:
+        while not self._trailers:
             line = _CHUNK_LINE.match(inbox)
             if line is None:
-                if b"\n" in inbox[:300] or len(inbox) >= 300:  # noqa: PLR2004  # no chunk line is as long
+                if not _CHUNK_LINE_BEGINNING.match(inbox):
                     raise ProblemError(400, "malformed chunk")
                 return False
             size = int(line[1], 16)
             if self._skipped + size > MAX_BODY_BYTES:
                 raise ProblemError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
-            end = line.end() + size + 2
-            if len(inbox) < end:
-                return False
-            if inbox[end - 2 : end] != b"\r\n":
-                raise ProblemError(400, "malformed chunk or trailer")
+            end = line.end() + size
+            if size:
+                if not b"\r\n".startswith(inbox[end : end + 2]):
+                    raise ProblemError(400, "a chunk is longer than its size")
+                if len(inbox) < end + 2:
+                    return False
+                end += 2
+            else:
+                self._trailers = True
             del inbox[:end]
             self._skipped += size
-            if size == 0:
-                return True
+        return self._skip_trailers()
+
+    def _skip_trailers(self) -> bool:
+        inbox = self._inbox
+        if inbox.startswith(b"\r\n"):
+            del inbox[:2]
+            return True
+        end = inbox.find(_END_OF_HEAD, max(0, self._scanned - 3))
+        if end < 0:
+            self._scan(len(inbox))
+            if len(inbox) > MAX_HEAD_BYTES:
+                raise ProblemError(431, f"the trailer fields are longer than {MAX_HEAD_BYTES} bytes")
+            return False
+        block = inbox[: end + 4].decode("latin-1")
+        names = {name.lower() for name, _ in _FIELD_LINE.findall(block)}
+        if _FIELD_LINES.fullmatch(block) is None or not names.isdisjoint(_FORBIDDEN_TRAILERS):
+            raise ProblemError(400, "malformed or forbidden trailer field")
+        del inbox[: end + 4]
+        self._scanned = 0
+        return True
 
 
 def _has_body(raw: bytes) -> bool:
@@ -1149,6 +1223,10 @@ class ProfileHandler(BaseHTTPRequestHandler):
         else:
             raise ProblemError(404, "no such route")
 
+    def do_OPTIONS(self) -> None:
+        """Say which methods there are (RFC 9110, 9.3.7)."""
+        self.send(204, b"", "", None, ALLOW)
+
     def do_HEAD(self) -> None:
         """Answer as GET would, without the body: `send` leaves it out."""
         self.do_GET()
@@ -1267,8 +1345,9 @@ class ProfileHandler(BaseHTTPRequestHandler):
             cas: what the ETag is made of, None for no ETag.
             *headers: further whole header fields.
         """
-        parts = [f"Content-Type: {content_type}", f"Content-Length: {len(body)}", f"X-Request-ID: {self.request_id}"]
-        parts.append("X-Content-Type-Options: nosniff")
+        parts = [f"X-Request-ID: {self.request_id}", "X-Content-Type-Options: nosniff"]
+        if status != HTTPStatus.NO_CONTENT:  # which may not have a length (RFC 9110, 8.6)
+            parts += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
         if cas is not None:
             tag = f'"{cas:x}"'
             parts.append(f"ETag: {tag}")
@@ -1321,10 +1400,46 @@ def _names_tag(given: str | None, tag: str) -> bool:
 # ── The server: event loop and workers ────────────────────────────────────────────────────────────────────────────────
 
 
+class Board:
+    """What the worker processes know of one another: a row of numbers each, in memory made before the fork."""
+
+    READY, CONNECTIONS = range(2)
+    _COLUMNS = 2
+
+    def __init__(self, rows: int) -> None:
+        self._cells = memoryview(mmap.mmap(-1, rows * self._COLUMNS * 8)).cast("Q")
+        self.row = 0
+
+    def put(self, column: int, value: int) -> None:
+        """Write a number of one's own row."""
+        self._cells[self.row * self._COLUMNS + column] = value
+
+    def clear(self, row: int) -> None:
+        """Forget a worker that has died."""
+        for column in range(self._COLUMNS):
+            self._cells[row * self._COLUMNS + column] = 0
+
+    def column(self, column: int) -> list[int]:
+        """Return one number of every row."""
+        return self._cells[column :: self._COLUMNS].tolist()
+
+
 class Connection(Framer):
     """A client's socket and what is under way on it. The loop reads and closes; `lock` guards `busy` and `waiting`."""
 
-    __slots__ = ("address", "busy", "closing", "deadline", "events", "internal", "lock", "outbox", "socket", "waiting")
+    __slots__ = (
+        "address",
+        "busy",
+        "closing",
+        "deadline",
+        "ended",
+        "events",
+        "internal",
+        "lock",
+        "outbox",
+        "socket",
+        "waiting",
+    )
 
     def __init__(self, client: socket.socket, address: tuple[str, int], deadline: float, *, internal: bool) -> None:
         super().__init__()
@@ -1335,6 +1450,7 @@ class Connection(Framer):
         self.busy = False  # a request of it is queued or being answered
         self.waiting: deque[bytes | ProblemError] = deque()  # whole requests behind that one, in order
         self.outbox = b""  # what the socket would not take yet of one answer
+        self.ended = False  # the client has sent its last byte
         self.closing = False  # after the outbox is written nothing more is answered
         self.deadline = deadline  # monotonic seconds; of what, depends on the state
         self.events = 0  # what the selector watches
@@ -1365,6 +1481,7 @@ class ProfileServer(ThreadingHTTPServer):
     idle_seconds = 75.0
     write_seconds = 30.0
     linger_seconds = 2.0  # after the last answer: the client may still be sending, and closing would reset it
+    accept_pause_seconds = 0.2  # without free descriptors
     drain_idle_seconds = 1.0  # how long a drain waits for the next request of an idle connection
 
     def __init__(self, settings: Settings, store: ProfileStore, log: Log) -> None:
@@ -1389,7 +1506,11 @@ class ProfileServer(ThreadingHTTPServer):
         self._asked: deque[Connection] = deque()
         self._awake = False
         self._wake_end: socket.socket | None = None
-        self._accepting = False
+        self._stopping = False
+        self.supervisor: int | None = None  # the parent's process id, if this is one worker of several
+        self._accept_at = 0.0  # monotonic seconds; infinite while the listeners are watched
+        self._stepped_back = False
+        self.board = Board(settings.workers)
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self.metrics_socket: socket.socket | None = None
         super().__init__(("", settings.port), ProfileHandler)  # type: ignore[arg-type]  # made by _enqueue
@@ -1415,7 +1536,11 @@ class ProfileServer(ThreadingHTTPServer):
     def _listen(self, port: int) -> socket.socket:
         family = self.address_family
         listener = socket.create_server(
-            ("", port), family=family, backlog=self.request_queue_size, dualstack_ipv6=family == socket.AF_INET6
+            ("", port),
+            family=family,
+            backlog=self.request_queue_size,
+            dualstack_ipv6=family == socket.AF_INET6,
+            reuse_port=hasattr(socket, "SO_REUSEPORT"),  # the next version starts beside this one, then this one drains
         )
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
         listener.setblocking(False)
@@ -1432,19 +1557,27 @@ class ProfileServer(ThreadingHTTPServer):
         return f"{self._request_prefix}-{next(self._request_numbers):x}"
 
     def unready_reasons(self) -> list[str]:
-        """Say why requests for data are not welcome; empty means ready."""
-        reasons = [] if self.store.tokens.known else ["Couchbase: not connected yet"]
-        return [*reasons, "draining"] if self.draining else reasons
+        """Say why requests for data are not welcome; empty means ready. Speaks for all worker processes.
+
+        One that is ready is enough: the others leave new clients to it.
+        """
+        if self.draining:
+            return ["draining"]
+        return [] if any(self.board.column(Board.READY)) else ["Couchbase: not connected yet"]
+
+    def set_ready(self, ready: bool) -> None:
+        """Tell all worker processes whether this one can serve profiles."""
+        self.board.put(Board.READY, ready)
 
     def metrics(self) -> bytes:
         """Return the process's metrics in Prometheus' text format."""
         return (
             "# HELP couchbase_ready Whether Couchbase answers.\n"
             "# TYPE couchbase_ready gauge\n"
-            f"couchbase_ready {int(self.store.tokens.known)}\n"
+            f"couchbase_ready {int(any(self.board.column(Board.READY)))}\n"
             "# HELP http_connections Open client connections.\n"
             "# TYPE http_connections gauge\n"
-            f"http_connections {len(self._connections)}\n"
+            f"http_connections {sum(self.board.column(Board.CONNECTIONS))}\n"
             "# HELP build_info The service's version.\n"
             "# TYPE build_info gauge\n"
             f'build_info{{version="{__version__}"}} 1\n'
@@ -1464,15 +1597,12 @@ class ProfileServer(ThreadingHTTPServer):
         wake_end.setblocking(False)
         wakeup.setblocking(False)
         self._selector.register(wakeup, selectors.EVENT_READ, self._obey)
-        if self.metrics_socket:
-            self._selector.register(self.metrics_socket, selectors.EVENT_READ, self._accept)
-        self._watch_listener()
         self._wake_end = wake_end
         self._start_workers()
         next_look = 0.0
         try:
             while not (self.draining and self._is_drained()):
-                for key, events in self._selector.select(0.05 if self.draining else poll_interval):
+                for key, events in self._selector.select(self._patience(poll_interval)):
                     if isinstance(key.data, Connection):
                         if events & selectors.EVENT_WRITE:
                             self._flush(key.data)
@@ -1481,7 +1611,9 @@ class ProfileServer(ThreadingHTTPServer):
                     else:
                         key.data(key.fileobj)
                 now = time.monotonic()
-                if now >= next_look or self.draining:
+                if now >= self._accept_at:
+                    self._watch_listeners()
+                if now >= next_look or self._stopping:
                     next_look = now + poll_interval
                     self.service_actions()
         finally:
@@ -1493,18 +1625,24 @@ class ProfileServer(ThreadingHTTPServer):
             wake_end.close()
             wakeup.close()
 
+    def _patience(self, poll_interval: float) -> float:
+        """Return for how many seconds the loop may sleep."""
+        if self._stopping:
+            return 0.02
+        return max(0.0, min(poll_interval, self._accept_at - time.monotonic()))
+
     def shutdown(self) -> None:
         """Drain: no new connections, running requests finish, then `serve_forever` returns. Any thread, any signal."""
-        self.draining = True
+        self._stopping = True
         self._wake()
 
     def service_actions(self) -> None:
         """Keep the deadlines; called about once a second."""
         now = time.monotonic()
-        if self.draining:
+        if self.supervisor and os.getppid() != self.supervisor:  # killed: nobody would pass signals on any more
+            self.shutdown()
+        if self._stopping and not self.draining:
             self._begin_drain(now)
-        elif not self._accepting:
-            self._watch_listener()
         for connection in list(self._connections):
             if connection.busy and not connection.outbox:
                 continue
@@ -1522,37 +1660,44 @@ class ProfileServer(ThreadingHTTPServer):
             self._close(connection)
 
     def _begin_drain(self, now: float) -> None:
-        if self._drain_deadline:
-            return
+        """Let nobody in any more. Before anyone is told to close: who then comes back must not find this socket."""
         self._drain_started = now
         self._drain_deadline = now + self.settings.shutdown_seconds
-        if self._accepting:
-            while self._accept(self.socket):  # whoever the kernel has already let in
-                pass
-            self._selector.unregister(self.socket)
-            self._accepting = False
+        self._stop_watching(self.socket)
+        while self._accept(self.socket):  # whoever the kernel has already let in
+            pass
         self.socket.close()
+        self.draining = True
+        self.set_ready(False)
 
     def _is_drained(self) -> bool:
-        return bool(self._drain_deadline) and (
-            time.monotonic() >= self._drain_deadline or all(connection.internal for connection in self._connections)
-        )
+        return time.monotonic() >= self._drain_deadline or all(connection.internal for connection in self._connections)
 
-    def _watch_listener(self) -> None:
-        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
-        self._accepting = True
+    def _watch_listeners(self) -> None:
+        self._accept_at = math.inf
+        for listener in (self.socket, self.metrics_socket):
+            if listener and listener.fileno() >= 0 and listener not in self._selector.get_map():
+                self._selector.register(listener, selectors.EVENT_READ, self._accept)
+
+    def _stop_watching(self, listener: socket.socket) -> None:
+        if listener in self._selector.get_map():
+            self._selector.unregister(listener)
 
     def _accept(self, listener: socket.socket) -> bool:
-        """Accept whoever waits; stop after some, not to keep the clients already here waiting, and tell whether so."""
-        for _ in range(64):
+        """Accept who waits; several at once only if no other process could. Tell whether there may be more."""
+        if not self._stopping and listener is self.socket and (seconds := self._step_back()):
+            self._accept_at = time.monotonic() + seconds
+            self._stop_watching(listener)
+            return False
+        for _ in range(64 if self.settings.workers == 1 or self._stopping else 1):
             try:
                 client, address = listener.accept()
             except OSError as error:
-                if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM} and self._accepting:
-                    # level-triggered, the listener would be ready for ever: look again with the next service_actions
+                if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}:
+                    # level-triggered, the listener would be ready for ever: look again when some may be free
                     self.log.event("error", "cannot accept", error=describe(error), connections=len(self._connections))
-                    self._selector.unregister(self.socket)
-                    self._accepting = False
+                    self._accept_at = time.monotonic() + self.accept_pause_seconds
+                    self._stop_watching(listener)
                 return False
             client.setblocking(False)
             internal = listener is self.metrics_socket
@@ -1563,11 +1708,27 @@ class ProfileServer(ThreadingHTTPServer):
             if len(self._connections) > self.settings.max_connections and not internal:
                 connection.refuse()
                 self._submit(connection, [unavailable("too many connections")])
+        self.board.put(Board.CONNECTIONS, len(self._connections))
         return True
+
+    def _step_back(self) -> float:
+        """Return for how many seconds the next client is left to another process, 0 for not at all.
+
+        A process that is not ready leaves clients to those that are. One that has more clients than another gives it
+        the chance to be faster, once: a process that hangs must not keep clients waiting.
+        """
+        ready = self.board.column(Board.READY)
+        if not any(ready):
+            return 0.0
+        if not ready[self.board.row]:
+            return 0.05
+        counts = [count for count, good in zip(self.board.column(Board.CONNECTIONS), ready, strict=True) if good]
+        self._stepped_back = not self._stepped_back and len(self._connections) > min(counts)
+        return 0.005 if self._stepped_back else 0.0
 
     def _watch(self, connection: Connection, events: int) -> None:
         """Have the selector watch for these events; 0 for none."""
-        if events == connection.events:
+        if events == connection.events or connection.socket.fileno() < 0:
             return
         if not events:
             self._selector.unregister(connection.socket)
@@ -1590,21 +1751,47 @@ class ProfileServer(ThreadingHTTPServer):
         elif connection.closing:
             return  # lingering: what still comes is read only so that closing does not reset the connection
         else:
-            was_partial = connection.partial
-            requests = connection.feed(data)
-            if requests:
-                self._submit(connection, requests)
-            if connection.partial and (requests or not was_partial):
+            self._frame(connection, data)
+
+    def _frame(self, connection: Connection, data: bytes) -> None:
+        """Queue the requests that are whole now, and read on only if there is room for more of them."""
+        room = self.max_waiting - len(connection.waiting)
+        was_partial = connection.partial
+        requests = connection.feed(data, room) if data or room > 0 else []
+        if requests:
+            self._submit(connection, requests)
+        if connection.partial:
+            if (requests or not was_partial) and not connection.outbox:
                 connection.deadline = time.monotonic() + self.head_seconds
+            if connection.expects_continue and self._occupy(connection):
+                connection.expects_continue = False
+                connection.outbox = b"HTTP/1.1 100 Continue\r\n\r\n"
+                self._flush(connection)
+        if len(requests) >= room:  # there may be more in the buffer: `_next_request` asks for them
+            self._watch(connection, connection.events & ~selectors.EVENT_READ)
+            if not connection.busy:  # it has answered them all before it could see that reading is paused
+                self._ask(connection)
+        elif connection.ended and connection.partial:
+            connection.refuse()
+            self._submit(connection, [ProblemError(400, "the request ended before it was whole")])
+        elif not connection.events & selectors.EVENT_READ and not connection.ended:
+            self._watch(connection, connection.events | selectors.EVENT_READ)
+
+    def _occupy(self, connection: Connection) -> bool:
+        """Mark a connection as busy; False if it was already."""
+        with connection.lock:
+            was_busy, connection.busy = connection.busy, True
+        return not was_busy
 
     def _end_of_input(self, connection: Connection) -> None:
         """The client has sent its last byte; it may still wait for answers (half-closed)."""
+        connection.ended = True
+        self._watch(connection, connection.events & ~selectors.EVENT_READ)
+        if not connection.closing:
+            self._frame(connection, b"")
         with connection.lock:
-            owed = connection.busy and not connection.closing
-            connection.refused = True
-        if owed:
-            self._watch(connection, connection.events & ~selectors.EVENT_READ)
-        else:
+            owed = connection.busy
+        if not owed:
             self._close(connection)
 
     def _submit(self, connection: Connection, requests: list[bytes | ProblemError]) -> None:
@@ -1612,8 +1799,6 @@ class ProfileServer(ThreadingHTTPServer):
         with connection.lock:
             connection.waiting.extend(requests)
             if connection.busy:
-                if len(connection.waiting) >= self.max_waiting:
-                    self._watch(connection, connection.events & ~selectors.EVENT_READ)
                 return
             connection.busy = True
             request = connection.waiting.popleft()
@@ -1668,9 +1853,9 @@ class ProfileServer(ThreadingHTTPServer):
                 return
         if connection.closing:
             self._linger(connection)
-        elif len(connection.waiting) < self.max_waiting and not connection.refused:
-            self._watch(connection, connection.events | selectors.EVENT_READ)
-        elif connection.refused and not connection.busy:
+            return
+        self._frame(connection, b"")  # what there was no room for
+        if connection.ended and not connection.busy:
             self._close(connection)
 
     def _linger(self, connection: Connection) -> None:
@@ -1682,14 +1867,15 @@ class ProfileServer(ThreadingHTTPServer):
         except OSError:
             self._close(connection)
             return
-        if connection.events & selectors.EVENT_READ or not connection.refused:
-            self._watch(connection, selectors.EVENT_READ)
-        else:
+        if connection.ended:
             self._close(connection)
+        else:
+            self._watch(connection, selectors.EVENT_READ)
 
     def _close(self, connection: Connection) -> None:
         if connection in self._connections:
             self._connections.discard(connection)
+            self.board.put(Board.CONNECTIONS, len(self._connections))
             self._watch(connection, 0)
             with connection.lock:  # a worker may be sending: its descriptor must not become another client's
                 connection.closing = True
@@ -1797,7 +1983,7 @@ class ProfileServer(ThreadingHTTPServer):
                 request = None
         if request is not None:
             self._enqueue(connection, request)
-        if connection.refused or not connection.events & selectors.EVENT_READ:
+        if connection.ended or connection.expects_continue or not connection.events & selectors.EVENT_READ:
             self._ask(connection)
 
 
@@ -1816,15 +2002,15 @@ def backoff(low: float = 0.2, high: float = 5.0) -> Iterator[float]:
         delay = min(high, delay * 2)
 
 
-def keep_token(store: ProfileStore, log: Log, stop: threading.Event, fatal: Callable[[str], None]) -> None:
+def keep_token(server: ProfileServer, stop: threading.Event, fatal: Callable[[str], None]) -> None:
     """Connect and read the token, again and again until both work; then read the token again every period.
 
     Args:
-        store: what to connect.
-        log: where each failure goes.
+        server: whose store to connect, and whom to tell when it is ready.
         stop: ends it.
         fatal: called with the reason once waiting cannot cure the failure.
     """
+    store, log = server.store, server.log
     for delay in backoff():
         try:
             if not store.connected:
@@ -1838,6 +2024,7 @@ def keep_token(store: ProfileStore, log: Log, stop: threading.Event, fatal: Call
             log.event("warning", "Couchbase is not there yet", error=describe(error), retry_seconds=round(delay, 1))
         if stop.wait(delay):
             return
+    server.set_ready(True)
     log.event("info", "ready")
     while not stop.wait(store.tokens.period_seconds):
         try:
@@ -1859,7 +2046,7 @@ def serve(server: ProfileServer, report: Callable[[str], None]) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: server.shutdown())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `supervise` forks with them blocked
-    keeper = threading.Thread(target=keep_token, args=(server.store, server.log, stop, fatal), daemon=True)
+    keeper = threading.Thread(target=keep_token, args=(server, stop, fatal), daemon=True)
     keeper.start()
     server.serve_forever()
     server.server_close()
@@ -1883,6 +2070,8 @@ def supervise(server: ProfileServer) -> int:
     children: dict[int, int] = {}
     stopping: list[int] = []
 
+    supervisor = os.getpid()
+
     def tell_parent(message: str) -> None:
         os.write(report, message.encode()[:4096])
 
@@ -1896,6 +2085,8 @@ def supervise(server: ProfileServer) -> int:
         code = CRASHED
         try:
             log.worker = worker
+            server.board.row = worker - 1
+            server.supervisor = supervisor
             code = serve(server, tell_parent)
         except Exception as error:
             log.event("error", "worker failure", error=describe(error))
@@ -1918,6 +2109,7 @@ def supervise(server: ProfileServer) -> int:
     while children:
         child, status = os.wait()
         worker = children.pop(child, 0)
+        server.board.clear(worker - 1)
         exited = os.waitstatus_to_exitcode(status)
         if stopping:
             code = max(code, int(exited != 0))
@@ -1934,6 +2126,15 @@ def supervise(server: ProfileServer) -> int:
     return code
 
 
+def is_taken(port: int) -> bool:
+    """Tell whether somebody listens on a port, which binding with SO_REUSEPORT would not."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        return True
+    return False
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service; return the exit code: 0 after a drain, 1 if it cannot serve, 2 for a bad setting."""
     try:
@@ -1942,6 +2143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"micro_svc_demo: {error}", file=sys.stderr)
         return 2
     log = Log(settings.log_level, access=settings.access_log)
+    shared = [port for port in (settings.port, settings.metrics_port) if port and is_taken(port)]
     try:
         server = ProfileServer(settings, ProfileStore(settings, log), log)
     except OSError as error:
@@ -1961,6 +2163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         workers=settings.workers,
         threads=settings.threads,
     )
+    if shared:
+        log.event("warning", "another process serves on the same ports; clients are shared with it", ports=shared)
     if not settings.couchbase_tls_verify:
         log.event("warning", "Couchbase's certificate is not verified: COUCHBASE_TLS_VERIFY is false")
     if settings.connection_string.startswith("couchbase:"):

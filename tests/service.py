@@ -49,6 +49,8 @@ class ServiceProcess:
         arguments: flags after the script's name.
     """
 
+    command: tuple[str, ...] = (str(ROOT / "micro_svc_demo.py"),)
+
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
         """Prepare; `start` or a `with` block starts it."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("COUCHBASE", "SERVICE_"))}
@@ -61,7 +63,7 @@ class ServiceProcess:
     def start(self) -> Self:
         """Start it and wait for its `listening` line."""
         self.process = subprocess.Popen(  # noqa: S603  # the interpreter itself, with flags from the test
-            [sys.executable, str(ROOT / "micro_svc_demo.py"), *self.arguments],
+            [sys.executable, *self.command, *self.arguments],
             cwd=ROOT,
             env=self.environment,
             stdin=subprocess.DEVNULL,

@@ -291,3 +291,31 @@ def test_failures_of_the_database_have_their_status(clean_faults: EmulatorProces
         assert service.get("/api/v1/id/1", own.token).status == 200
         own.clear()
         assert service.get("/api/v1/nickname/x", own.token).status == 404
+
+
+def test_clients_are_shared_fairly_among_workers(database) -> None:
+    """Of connections opened one after the other each of two workers gets its part."""
+    with ServiceProcess(settings_for(database) | {"WORKERS": "2"}) as service:
+        for _ in range(2):
+            service.wait_for("ready")
+        connections = [http.client.HTTPConnection("127.0.0.1", service.port, timeout=10) for _ in range(40)]
+        for connection in connections:
+            connection.request("GET", "/api/v1/id/1", headers={"Authorization": f"Bearer {database.token}"})
+            assert connection.getresponse().read()
+        for connection in connections:
+            connection.close()
+    served = [line["worker"] for line in service.lines if line["message"] == "request"]
+    assert len(served) == 40
+    assert min(served.count(worker) for worker in (1, 2)) >= 15
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to find the workers")
+def test_workers_end_when_their_parent_is_killed(database) -> None:
+    """Nobody would pass signals on to them: they drain by themselves."""
+    with ServiceProcess(settings_for(database) | {"WORKERS": "2"}) as service:
+        task = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
+        workers = [Path(f"/proc/{child}") for child in task.read_text().split()]
+        assert len(workers) == 2
+        service.process.kill()
+        for _ in workers:
+            service.wait_for("stopped")

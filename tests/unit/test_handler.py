@@ -51,6 +51,7 @@ def server() -> Iterator[service.ProfileServer]:
     log = service.Log("error")
     bound = service.ProfileServer(settings, service.ProfileStore(settings, log), log)
     bound.store.tokens.adopt(TOKEN, 0.0)
+    bound.set_ready(True)
     yield bound
     bound.server_close()
 
@@ -301,6 +302,7 @@ def test_unexpected_failure_is_500_without_a_trace(ask, shelf: Shelf) -> None:
 def test_not_ready(ask, server: service.ProfileServer) -> None:
     """Before the token is known the API answers 503, liveness does not care."""
     server.store.tokens = service.Tokens(30)
+    server.set_ready(False)
     answer = ask("/api/v1/id/5", BEARER)
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
     assert ask("/healthz").status == 200

@@ -180,7 +180,9 @@ STREAMS = {
     "0.9": (b"GET /\r\n", [400]),
     "bad chunk": (CHUNKED + b"x\r\n" + GET, [400]),
     "chunk too long": (CHUNKED + b"1\r\nab\r\n" + GET, [400]),
-    "trailer": (CHUNKED + b"0\r\nX: y\r\n\r\n", [400]),
+    "trailers": (CHUNKED + b"1\r\na\r\n0\r\nX: y\r\nZ:\r\n\r\n" + GET, [CHUNKED, GET]),
+    "forbidden trailer": (CHUNKED + b"0\r\nHost: y\r\n\r\n", [400]),
+    "malformed trailer": (CHUNKED + b"0\r\nX : y\r\n\r\n", [400]),
     "chunks too many": (CHUNKED + b"FFFF\r\n" + b"x" * 65535 + b"\r\n2\r\n", [413]),
     "body too large": (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 65537\r\n\r\n", [413]),
 }
