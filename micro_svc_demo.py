@@ -19,6 +19,7 @@ import binascii
 import contextlib
 import errno
 import hmac
+import http.client
 import itertools
 import json
 import math
@@ -31,9 +32,11 @@ import secrets
 import selectors
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -41,16 +44,22 @@ from datetime import timedelta
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 from urllib.parse import quote, unquote_to_bytes
 
 from couchbase import exceptions as cb
 from couchbase.auth import PasswordAuthenticator
 from couchbase.cluster import Cluster
+from couchbase.diagnostics import EndpointState, PingState, ServiceType
 from couchbase.n1ql import QueryScanConsistency
 from couchbase.options import (
     ClusterOptions,
     ClusterTimeoutOptions,
+    ExistsOptions,
+    GetAnyReplicaOptions,
+    GetOptions,
+    LookupInOptions,
+    PingOptions,
     QueryOptions,
     TLSVerifyMode,
 )
@@ -764,11 +773,100 @@ class Tokens:
         return matches
 
 
+# ── Circuit breaker ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Breaker:
+    """Stops asking a service that does not answer, and finds out with single probes when it does again.
+
+    closed: every call is allowed; `threshold` failures in a row open it. open: none is, until the pause is over; then
+    one call is let through as a probe. half-open: that probe decides: success closes, failure opens for twice as long.
+    """
+
+    CLOSED, HALF_OPEN, OPEN = STATES = ("closed", "half-open", "open")
+    threshold = 5
+    first_seconds, most_seconds = 1.0, 15.0
+    lost_seconds = 30.0  # a probe that has not come back by then is counted as lost, and another allowed
+
+    def __init__(
+        self, changed: Callable[[str], None], jitter: Callable[[float, float], float] = random.uniform
+    ) -> None:
+        """Make a closed one.
+
+        Args:
+            changed: called with the new state after each change.
+            jitter: draws a number between two, so that replicas do not probe in step.
+        """
+        self.state = self.CLOSED
+        self._changed = changed
+        self._jitter = jitter
+        self._lock = threading.Lock()
+        self._failures = 0  # in a row
+        self._pause_seconds = self.first_seconds
+        self._probe_at = 0.0
+
+    def allow(self, now: float) -> bool:
+        """Tell whether a call may be made at `now` (monotonic seconds); if so, its outcome must be told."""
+        if self.state == self.CLOSED:
+            return True
+        with self._lock:
+            if self.state == self.CLOSED:
+                return True
+            if now < self._probe_at:
+                return False
+            self._probe_at = now + self.lost_seconds
+            self.state = self.HALF_OPEN
+        self._changed(self.HALF_OPEN)
+        return True
+
+    def succeeded(self) -> None:
+        """Take note that a call was answered."""
+        if not self._failures:
+            return
+        with self._lock:
+            self._failures = 0
+            self._pause_seconds = self.first_seconds
+            changed = self.state != self.CLOSED
+            self.state = self.CLOSED
+        if changed:
+            self._changed(self.CLOSED)
+
+    def failed(self, now: float) -> None:
+        """Take note that a call failed for a reason that speaks of the service."""
+        with self._lock:
+            self._failures += 1
+            if self.state == self.OPEN or (self.state == self.CLOSED and self._failures < self.threshold):
+                return
+            if self.state == self.HALF_OPEN:
+                self._pause_seconds = min(self.most_seconds, self._pause_seconds * 2)
+            self._open(now)
+        self._changed(self.OPEN)
+
+    def trip(self, now: float) -> None:
+        """Open at once: the service is known to be down."""
+        with self._lock:
+            changed = self.state == self.CLOSED
+            if changed:
+                self._failures = self.threshold
+                self._open(now)
+        if changed:
+            self._changed(self.OPEN)
+
+    def retry_after_seconds(self, now: float) -> int:
+        """Return after how many whole seconds it may be worth asking again, at least 1."""
+        return max(1, min(math.ceil(self._probe_at - now), math.ceil(self.most_seconds)))
+
+    def _open(self, now: float) -> None:
+        self.state = self.OPEN
+        self._probe_at = now + self._pause_seconds * self._jitter(0.8, 1.0)
+
+
 # ── The store: Couchbase ──────────────────────────────────────────────────────────────────────────────────────────────
 
 USERS, IMAGES, AUTH = "user_data", "user_images", "service_auth"
 TOKEN_KEY, TOKEN_PATH = "service_auth:1", "token"
 MAX_KEY_BYTES = 246
+MAX_CONFIG_BYTES = 8 << 20
 
 # Constant texts: a caller's value is only ever a named parameter.
 PROFILES_BY_NICKNAME, PROFILES_BY_USERNAME = (
@@ -786,6 +884,7 @@ class Document(NamedTuple):
 
     value: bytes
     cas: int
+    replica: bool = False  # from a replica, because the node of the active copy is down
 
 
 class _RowBytes(Serializer):  # type: ignore[misc]  # the SDK's class is untyped
@@ -805,9 +904,15 @@ class Failure(NamedTuple):
     status: int
     detail: str
     advice: str = ""
+    outage: bool = False  # speaks of the service, not of the request: counts for the breaker
 
 
 PROVISION = "create the schema: python -m tests.sample_data --help"
+MISSING_INDEX = (
+    f"CREATE INDEX by_nickname IF NOT EXISTS ON `{USERS}`(nickname); "
+    f"CREATE INDEX by_user_id IF NOT EXISTS ON `{USERS}`(user_id)"
+)
+_OUT_OF_REACH, _SCHEMA = "Couchbase is out of reach", "the database's schema is incomplete"
 
 # In this order: the first row that fits counts.
 FAILURES = (
@@ -816,12 +921,14 @@ FAILURES = (
         (cb.AmbiguousTimeoutException, cb.UnAmbiguousTimeoutException, cb.TimeoutException),
         504,
         "Couchbase did not answer in time",
+        outage=True,
     ),
     Failure(
         (cb.AuthenticationException,),
         503,
-        "Couchbase is out of reach",
-        "Couchbase refuses the user: check COUCHBASE_USER and its password, and that it may read this scope",
+        _OUT_OF_REACH,
+        "Couchbase refuses the user: check COUCHBASE_USER, its password, and that it may read this scope",
+        outage=True,
     ),
     Failure(
         (
@@ -829,26 +936,150 @@ FAILURES = (
             cb.ServiceUnavailableException,
             cb.RequestCanceledException,
             cb.MissingConnectionException,
+            cb.InternalServerFailureException,
             cb.RateLimitedException,
-            cb.BucketNotFoundException,
+            cb.QuotaLimitedException,
+            cb.HTTPException,
+            cb.DocumentUnretrievableException,
         ),
         503,
-        "Couchbase is out of reach",
+        _OUT_OF_REACH,
+        outage=True,
+    ),
+    Failure((cb.DocumentLockedException,), 503, "the document is locked"),
+    Failure(
+        (cb.BucketNotFoundException, cb.BucketDoesNotExistException),
+        503,
+        _OUT_OF_REACH,
+        f"the bucket is gone: create it again, then {PROVISION}",
+        outage=True,
     ),
     Failure(
         (cb.ScopeNotFoundException, cb.CollectionNotFoundException, cb.KeyspaceNotFoundException),
         500,
-        "the database's schema is incomplete",
+        _SCHEMA,
         PROVISION,
     ),
+    Failure((cb.QueryIndexNotFoundException,), 500, _SCHEMA, MISSING_INDEX),
     Failure((cb.ValueFormatException,), 500, "the document is not JSON", "store this document as JSON"),
 )
-UNEXPECTED = Failure((), 500, "unexpected failure", "see the error")
-NO_INDEX = 4000  # the query service's code for "no index available"; the SDK has no class of its own for it
-MISSING_INDEX = (
-    f"CREATE INDEX by_nickname IF NOT EXISTS ON `{USERS}`(nickname); "
-    f"CREATE INDEX by_user_id IF NOT EXISTS ON `{USERS}`(user_id)"
-)
+UNEXPECTED = Failure((), 500, "unexpected failure", "not foreseen: see the error")
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Return the row of the failure map for an exception."""
+    return next((row for row in FAILURES if isinstance(error, row.exceptions)), UNEXPECTED)
+
+
+class NodeMap(NamedTuple):
+    """Which node holds which key: each key belongs to one of 1024 vBuckets, each vBucket to a node."""
+
+    nodes: tuple[int, ...]  # by vBucket: the index of the node with the active copy
+    replicas: bool
+
+    def node(self, key: str) -> int:
+        """Return the index of the node that holds a key's active copy (the hash is Couchbase's CRC32 variant)."""
+        return self.nodes[(zlib.crc32(key.encode()) >> 16 & 0x7FFF) % len(self.nodes)]
+
+
+def parse_node_map(config: Any) -> NodeMap:
+    """Read a bucket's configuration as `/pools/default/b/BUCKET` has it.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not one.
+    """
+    rows = config["vBucketServerMap"]["vBucketMap"]
+    count = len(config["vBucketServerMap"]["serverList"])
+    nodes = tuple(int(row[0]) % count for row in rows)  # -1, no active copy: counted as the last node's
+    if not nodes:
+        raise ValueError("no vBuckets")
+    return NodeMap(nodes, any(copy >= 0 for row in rows for copy in row[1:]))
+
+
+def authenticator(settings: Settings) -> PasswordAuthenticator:
+    """Return what the SDK shows to the cluster, and the roots that it trusts."""
+    return PasswordAuthenticator(
+        settings.couchbase_user, settings.couchbase_password, cert_path=settings.couchbase_tls_ca
+    )
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext:
+    """Return the settings' idea of TLS for this process's own connections: 1.2 at least, as `ssl` has it by default."""
+    context = ssl.create_default_context(cafile=settings.couchbase_tls_ca)
+    if not settings.couchbase_tls_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def seed_addresses(settings: Settings) -> list[tuple[str, int | None]]:
+    """Return the hosts of the connection string with their ports, None for a default port."""
+    hosts = settings.connection_string.partition("://")[2].partition("?")[0].rstrip("/").split(",")
+    parsed = (re.fullmatch(r"(\[.*\]|[^:]*)(?::([0-9]+))?", host) for host in hosts)
+    return [(found[1].strip("[]"), int(found[2]) if found[2] else None) for found in parsed if found]
+
+
+def check_certificates(settings: Settings) -> None:
+    """Look at each seed's certificate before the SDK does.
+
+    The SDK says no more than "time-out" if it is no good, and does not compare its host name at all (4.6.3).
+
+    Raises:
+        FatalError: it is expired, for another host, or of an issuer that COUCHBASE_TLS_CA does not have.
+    """
+    if not settings.connection_string.startswith("couchbases:") or not settings.couchbase_tls_verify:
+        return
+    try:
+        context = tls_context(settings)
+    except ssl.SSLError as error:
+        raise FatalError(f"COUCHBASE_TLS_CA has no usable certificate: {error.reason}") from error
+    for host, port in seed_addresses(settings):
+        address = (host, port or 11207)
+        try:
+            with socket.create_connection(address, 5) as plain, context.wrap_socket(plain, server_hostname=host):
+                pass
+        except ssl.SSLCertVerificationError as error:
+            unknown_issuer = error.verify_code in {18, 19, 20, 21}  # X509_V_ERR_… of OpenSSL
+            if unknown_issuer and settings.couchbase_tls_ca is None:
+                continue  # the SDK has Mozilla's roots besides the system's: its word counts
+            raise FatalError(
+                f"the certificate of {host} is refused ({error.verify_message}): "
+                "check COUCHBASE_HOST and COUCHBASE_TLS_CA"
+            ) from error
+        except OSError:
+            continue  # not there, a name that only DNS SRV knows, or no TLS: the SDK tries it in its own way
+
+
+def fetch_bucket_config(settings: Settings, addresses: list[tuple[str, str, str]], timeout_seconds: float) -> Any:
+    """Fetch the bucket's configuration from the first management service that gives it.
+
+    Args:
+        settings: for bucket, user and TLS.
+        addresses: the management services as (address, ":", port).
+        timeout_seconds: for each of them.
+
+    Raises:
+        OSError: none did.
+    """
+    login = base64.b64encode(f"{settings.couchbase_user}:{settings.couchbase_password}".encode()).decode()
+    path = f"/pools/default/b/{quote(settings.couchbase_bucket, safe='')}"
+    tls = settings.connection_string.startswith("couchbases:")
+    # certificates name hosts, and the SDK reports addresses: with TLS the seeds' names are used
+    hosts = [host for host, _ in seed_addresses(settings)] if tls else []
+    for address, _, port in addresses:
+        for host in hosts or [address.strip("[]")]:
+            connection = (
+                http.client.HTTPSConnection(host, int(port), timeout=timeout_seconds, context=tls_context(settings))
+                if tls
+                else http.client.HTTPConnection(host, int(port), timeout=timeout_seconds)
+            )
+            with contextlib.suppress(OSError, ValueError, http.client.HTTPException), contextlib.closing(connection):
+                connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
+                response = connection.getresponse()
+                body = response.read(MAX_CONFIG_BYTES)
+                if response.status == HTTPStatus.OK:
+                    return json.loads(body)
+    raise OSError("no management service gives the bucket's configuration")
 
 
 def open_cluster(settings: Settings) -> Any:
@@ -861,9 +1092,7 @@ def open_cluster(settings: Settings) -> Any:
     return Cluster.connect(
         settings.connection_string,
         ClusterOptions(
-            PasswordAuthenticator(
-                settings.couchbase_user, settings.couchbase_password, cert_path=settings.couchbase_tls_ca
-            ),
+            authenticator(settings),
             timeout_options=ClusterTimeoutOptions(
                 kv_timeout=timedelta(milliseconds=settings.couchbase_timeout_ms),
                 query_timeout=timedelta(milliseconds=settings.couchbase_query_timeout_ms),
@@ -880,7 +1109,16 @@ def open_cluster(settings: Settings) -> Any:
 
 
 class ProfileStore:
-    """Owns the SDK: connects, reads the token, gets documents, runs queries, and knows what a failure means."""
+    """Owns the SDK: connects, reads the token, gets documents, runs queries, and knows what a failure means.
+
+    Key-value has a circuit breaker for each node, as one that is down must not take the others' documents along;
+    while nobody can say which keys are whose, one for all of them. Queries have one.
+    """
+
+    check_seconds = 2.0  # between two background checks
+    check_timeout = timedelta(seconds=1)
+    probe_timeout = timedelta(milliseconds=250)
+    trouble_seconds = 5.0  # without a key-value failure, until documents are fetched in batches again
 
     def __init__(self, settings: Settings, log: Log) -> None:
         self._settings = settings
@@ -888,8 +1126,61 @@ class ProfileStore:
         self._cluster: Any = None
         self._scope: Any = None
         self._collections: dict[str, Any] = {}
-        self._query_timeout = timedelta(milliseconds=settings.couchbase_query_timeout_ms)
+        self.timeout_seconds = settings.couchbase_timeout_ms / 1000
+        self.query_timeout_seconds = settings.couchbase_query_timeout_ms / 1000
         self.tokens = Tokens(settings.token_refresh_seconds)
+        self.query_breaker = self._breaker("query")
+        self._node_map: NodeMap | None = None
+        self._node_breakers = [self._breaker("key-value")]
+        self._troubled = False
+        self._last_failure = 0.0
+        self._token_read_at = 0.0
+        self._unanswered = ""  # why the last background check was not answered
+        self.suspicion = threading.Event()  # set to have the next check at once
+
+    def _breaker(self, service: str) -> Breaker:
+        def changed(state: str) -> None:
+            self._log.event("info" if state == Breaker.CLOSED else "warning", "breaker", service=service, state=state)
+            self.suspicion.set()
+
+        return Breaker(changed)
+
+    # state: for the server, /readyz and the metrics
+
+    @property
+    def troubled(self) -> bool:
+        """Whether a key-value operation has failed lately: then no document may wait for another's failure."""
+        if self._troubled and time.monotonic() > self._last_failure + self.trouble_seconds:
+            self._troubled = any(breaker.state != Breaker.CLOSED for breaker in self._node_breakers)
+        return self._troubled
+
+    def suspect(self) -> None:
+        """Take note that something is slow; the background check looks into it at once."""
+        self._last_failure = time.monotonic()
+        self._troubled = True
+        self.suspicion.set()
+
+    def breaker_states(self) -> dict[str, str]:
+        """Return the state of each service's breaker: key-value is as well as its best node."""
+        best = min((breaker.state for breaker in self._node_breakers), key=Breaker.STATES.index)
+        return {"key-value": best, "query": self.query_breaker.state}
+
+    def unready_reasons(self) -> list[str]:
+        """Say why this process should get no requests; empty means it should."""
+        if not self.tokens.known:
+            return ["Couchbase: not connected yet"]
+        reasons = []
+        if self.breaker_states()["key-value"] == Breaker.OPEN:
+            reasons.append("Couchbase: the breaker of key-value is open")
+        one_node = len(self._node_breakers) == 1  # of several, the token's node may be the one that is down
+        if self._unanswered and (one_node or reasons):
+            reasons.append("Couchbase: the background check is not answered")
+        periods = 3 * self.tokens.period_seconds
+        if not self._unanswered and time.monotonic() > self._token_read_at + periods:
+            reasons.append(f"Couchbase: the token could not be read for {periods:.0f} s")
+        return reasons
+
+    # connecting
 
     def connect(self) -> None:
         """Open the cluster and the bucket; blocks for at most about 20 s.
@@ -899,6 +1190,7 @@ class ProfileStore:
             CouchbaseException: anything that may pass.
         """
         settings = self._settings
+        check_certificates(settings)
         try:
             cluster = open_cluster(settings)
         except cb.AuthenticationException as error:
@@ -957,41 +1249,166 @@ class ProfileStore:
             with contextlib.suppress(cb.CouchbaseException):
                 self._cluster.close()
 
-    def read_token(self) -> None:
+    def read_token(self, timeout: timedelta | None = None) -> None:
         """Read the service's token by a sub-document lookup and adopt it.
+
+        Args:
+            timeout: for this lookup; the setting's if None.
 
         Raises:
             FatalError: scope, collection or token document are missing, or hold no usable token.
             CouchbaseException: anything that may pass.
         """
+        options = LookupInOptions(timeout=timeout or timedelta(seconds=self.timeout_seconds))
         try:
-            found = self._collections[AUTH].lookup_in(TOKEN_KEY, [path_get(TOKEN_PATH)])
+            found = self._collections[AUTH].lookup_in(TOKEN_KEY, [path_get(TOKEN_PATH)], options)
             token = json.loads(found.content_as[bytes](0))
         except cb.DocumentNotFoundException as error:
             raise FatalError(f"the token document {TOKEN_KEY!r} does not exist in {AUTH!r}: {PROVISION}") from error
         except (cb.PathNotFoundException, cb.PathMismatchException, cb.DocumentNotJsonException) as error:
             raise FatalError(f"the token document {TOKEN_KEY!r} has no field {TOKEN_PATH!r}: {PROVISION}") from error
-        except cb.CouchbaseException:
-            self._explain_schema()
-            raise
         if not isinstance(token, str) or not re.fullmatch(r"[!-~]{1,4096}", token):
             raise FatalError(
                 f"the token in {TOKEN_KEY!r} is not text of 1 to 4096 visible ASCII characters: {PROVISION}"
             )
-        if self.tokens.adopt(token, time.monotonic()):
+        self._token_read_at = time.monotonic()
+        if self.tokens.adopt(token, self._token_read_at):
             self._log.event("info", "token adopted")
 
-    def get(self, collection: str, key: str) -> Document:
+    def start(self) -> None:
+        """Connect where that is still to be done, and read the token for the first time.
+
+        Raises:
+            FatalError: what waiting cannot cure.
+            CouchbaseException: anything that may pass.
+        """
+        if self._cluster is None:
+            self.connect()
+        try:
+            self.read_token()
+        except cb.CouchbaseException:
+            self._explain_schema()
+            raise
+        self._read_node_map()
+
+    def check(self) -> None:
+        """Look whether Couchbase is well and the token still the same: the background check."""
+        breaker = self._node_breaker(TOKEN_KEY)
+        try:
+            self.read_token(self.check_timeout)
+        except FatalError as error:  # it answers, but there is no token to be had: the last one stays
+            self._unanswered = ""
+            self._log.event("warning", "the token could not be read again; the last one stays", error=str(error))
+        except Exception as error:
+            if not self._unanswered:
+                self._log.event("warning", "the background check is not answered", error=describe(error))
+            self._unanswered = describe(error)
+            self._failed(breaker)
+            if isinstance(error, cb.AuthenticationException):
+                self._renew_password()
+        else:
+            self._unanswered = ""
+            breaker.succeeded()
+        if self.troubled:
+            self._look_at_nodes()
+
+    def _renew_password(self) -> None:
+        """Take a password that has been changed from its file again, without a restart."""
+        try:
+            settings = _with_password(replace(self._settings, couchbase_password=""))
+        except SettingsError:
+            return
+        if settings.couchbase_password != self._settings.couchbase_password:
+            self._settings = settings
+            self._cluster.set_authenticator(authenticator(settings))
+            self._log.event("info", "password read again from its file")
+
+    def _look_at_nodes(self) -> None:
+        """Find out which nodes are down, and open or close their breakers before requests have to find out."""
+        self._read_node_map()
+        endpoints = self._cluster.diagnostics().endpoints.get(ServiceType.KeyValue, [])
+        lost = any(endpoint.state != EndpointState.Connected for endpoint in endpoints)
+        for node, breaker in enumerate(self._node_breakers):
+            if self._node_map is None or (breaker.state == Breaker.CLOSED and not lost):
+                continue
+            numbers = itertools.count()
+            key = next(key for number in numbers if self._node_map.node(key := f"probe:{number}") == node)
+            try:
+                self._collections[AUTH].exists(key, ExistsOptions(timeout=self.probe_timeout))
+                breaker.succeeded()
+            except Exception:
+                if lost:
+                    breaker.trip(time.monotonic())
+
+    def _read_node_map(self) -> None:
+        """Ask the cluster which node holds which keys.
+
+        What goes wrong leaves the last answer in place: this only makes the failure of single nodes cheaper.
+        """
+        settings = self._settings
+        try:
+            options = PingOptions(service_types=[ServiceType.Management], timeout=self.check_timeout)
+            endpoints = self._cluster.ping(options).endpoints[ServiceType.Management]
+            addresses = [endpoint.remote.rpartition(":") for endpoint in endpoints if endpoint.state == PingState.OK]
+            node_map = parse_node_map(fetch_bucket_config(settings, addresses, self.check_timeout.total_seconds()))
+        except Exception as error:
+            self._log.event("debug", "no node map", error=describe(error))
+            return
+        count = max(node_map.nodes) + 1
+        if count != len(self._node_breakers):
+            self._node_breakers = [self._breaker(f"key-value node {node}") for node in range(count)]
+        self._node_map = node_map
+
+    # documents and rows
+
+    def _node_breaker(self, key: str) -> Breaker:
+        """Return the breaker of the node that holds a key."""
+        breakers, node_map = self._node_breakers, self._node_map
+        if node_map is None or len(breakers) == 1:
+            return breakers[0]
+        return breakers[node_map.node(key) % len(breakers)]
+
+    def _failed(self, breaker: Breaker) -> None:
+        self.suspect()
+        breaker.failed(self._last_failure)
+
+    def get(self, collection: str, key: str, timeout_seconds: float | None = None) -> Document:
         """Get one document.
+
+        Args:
+            collection: its collection.
+            key: its key.
+            timeout_seconds: for this operation; the setting's if None.
 
         Raises:
             ProblemError: 404, or what the failure means.
         """
+        now = time.monotonic()
+        breaker = self._node_breaker(key)
+        if not breaker.allow(now):
+            return self._get_replica(collection, key, breaker, now)
         try:
-            result = self._collections[collection].get(key)
-            return Document(result.value, result.cas)
+            if timeout_seconds is None:
+                result = self._collections[collection].get(key)
+            else:
+                options = GetOptions(timeout=timedelta(seconds=timeout_seconds))
+                result = self._collections[collection].get(key, options)
+            document = Document(result.value, result.cas)
         except Exception as error:
-            raise self.problem(error, "get") from error
+            raise self._document_problem(error, breaker) from error
+        breaker.succeeded()
+        return document
+
+    def _get_replica(self, collection: str, key: str, breaker: Breaker, now: float) -> Document:
+        """Get a document whose node is down from a replica, if the cluster keeps any."""
+        if self._node_map is None or not self._node_map.replicas:
+            raise unavailable(_OUT_OF_REACH, seconds=breaker.retry_after_seconds(now))
+        try:
+            options = GetAnyReplicaOptions(timeout=self.probe_timeout)
+            result = self._collections[collection].get_any_replica(key, options)
+            return Document(result.value, result.cas, replica=bool(result.is_replica))
+        except Exception as error:  # also a document that does not exist: the node that would know is down
+            raise unavailable(_OUT_OF_REACH, seconds=breaker.retry_after_seconds(now)) from error
 
     def get_many(self, collection: str, keys: list[str]) -> dict[str, Document | ProblemError]:
         """Get several documents at once: one hand-over between the threads of Python and the SDK for all of them."""
@@ -999,48 +1416,70 @@ class ProfileStore:
         try:
             answer = self._collections[collection].get_multi(keys, return_exceptions=True)
         except Exception as error:
-            problem = self.problem(error, "get")
-            return dict.fromkeys(keys, problem)
+            return dict.fromkeys(keys, self._document_problem(error, self._node_breaker(keys[0])))
         for key, result in answer.results.items():
             try:
                 found[key] = Document(result.value, result.cas)
             except Exception as error:
-                found[key] = self.problem(error, "get")
+                found[key] = self._document_problem(error, self._node_breaker(key))
+            else:
+                if self._troubled:
+                    self._node_breaker(key).succeeded()
         for key, failure in answer.exceptions.items():
-            found[key] = self.problem(failure, "get")
+            found[key] = self._document_problem(failure, self._node_breaker(key))
         return found
 
-    def query(self, statement: str, parameters: dict[str, object]) -> list[bytes]:
+    def _document_problem(self, error: Exception, breaker: Breaker) -> ProblemError:
+        if failure_of(error).outage:
+            self._failed(breaker)
+        else:
+            breaker.succeeded()
+        return self.problem(error, "get")
+
+    def query(self, statement: str, parameters: dict[str, object], timeout_seconds: float | None = None) -> list[bytes]:
         """Run a prepared, read-only statement; its rows come back as raw JSON.
+
+        Args:
+            statement: SQL++ with named parameters.
+            parameters: their values.
+            timeout_seconds: for this query; the setting's if None.
 
         Raises:
             ProblemError: what the failure means.
         """
+        now = time.monotonic()
+        breaker = self.query_breaker
+        if not breaker.allow(now):
+            raise unavailable(_OUT_OF_REACH, seconds=breaker.retry_after_seconds(now))
         options = QueryOptions(
             adhoc=False,
             read_only=True,
             named_parameters=parameters,
-            timeout=self._query_timeout,
+            timeout=timedelta(seconds=timeout_seconds or self.query_timeout_seconds),
             scan_consistency=QueryScanConsistency.NOT_BOUNDED,
             serializer=_RowBytes(),
         )
         try:
-            return list(self._scope.query(statement, options))
+            rows = list(self._scope.query(statement, options))
         except Exception as error:
+            if failure_of(error).outage:
+                breaker.failed(time.monotonic())
+            else:
+                breaker.succeeded()
             raise self.problem(error, "query") from error
+        breaker.succeeded()
+        return rows
 
     def problem(self, error: Exception, operation: str) -> ProblemError:
         """Say what a failure of the SDK means to the caller, and tell the operator what to do about it."""
-        failure = next((row for row in FAILURES if isinstance(error, row.exceptions)), UNEXPECTED)
-        if error_context(error).get("first_error_code") == NO_INDEX:
-            failure = Failure((), 500, "the database's schema is incomplete", MISSING_INDEX)
+        failure = failure_of(error)
         if failure.status != HTTPStatus.NOT_FOUND:
             level = "error" if failure.advice else "warning"
-            self._log.event(
-                level, "couchbase failure", operation=operation, error=describe(error), advice=failure.advice
-            )
-        headers = ("Retry-After: 1",) if failure.status == HTTPStatus.SERVICE_UNAVAILABLE else ()
-        return ProblemError(failure.status, failure.detail, *headers)
+            advice = {"advice": failure.advice} if failure.advice else {}
+            self._log.event(level, "couchbase failure", operation=operation, error=describe(error), **advice)
+        if failure.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            return unavailable(failure.detail)
+        return ProblemError(failure.status, failure.detail)
 
 
 class DocumentPending(Exception):  # a signal, not an error
@@ -1098,11 +1537,43 @@ class Batch:
         self._wanted = {}
 
 
+class Alone(Batch):
+    """The store for one request by itself: it gets its document at once, within what is left of its time."""
+
+    def __init__(self, store: ProfileStore, started: float) -> None:
+        super().__init__(store)
+        self._started = started
+
+    def get(self, collection: str, key: str) -> Document:
+        """Get the document.
+
+        Raises:
+            ProblemError: it could not be got.
+        """
+        waited = time.monotonic() - self._started
+        return self._store.get(collection, key, max(0.01, self._store.timeout_seconds - waited))
+
+
+class ForQuery(Alone):
+    """The store for one request that has come to a query worker."""
+
+    def query(self, statement: str, parameters: dict[str, object]) -> list[bytes]:
+        """Run the query.
+
+        Raises:
+            ProblemError: it failed.
+        """
+        waited = time.monotonic() - self._started
+        return self._store.query(statement, parameters, max(0.01, self._store.query_timeout_seconds - waited))
+
+
 # ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
 
 JSON_TYPE, PROBLEM_TYPE = "application/json", "application/problem+json"
 CHALLENGE = "WWW-Authenticate: Bearer"
 ALLOW = "Allow: GET, HEAD"
+CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox"  # a picture opened as a page may run nothing
+_REPLICA = ((), ("X-Couchbase-Replica: true",))
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PICTURE_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,31}")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nDate: ".encode() for status in HTTPStatus}
@@ -1129,15 +1600,15 @@ class ProfileHandler(BaseHTTPRequestHandler):
         self.server = server
         self.close_connection = True  # until the request is known to be well-formed
         self.response = b""
-        self._request = request
+        self.request = request
         self._internal = internal
-        self._started = time.perf_counter()
+        self.started = time.monotonic()
         self.command = self.path = self.query = self.route = self.log_line = ""
         self.headers = {}
         self.status = 0
         self._parsed = False
 
-    def respond(self, store: Batch | ProfileStore, *, last: bool = True) -> bytes:
+    def respond(self, store: Batch, *, last: bool = True) -> bytes:
         """Run the method's handler with what `store` has and return the answer.
 
         Args:
@@ -1151,7 +1622,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         try:
             if not self._parsed:
                 self.parse_request()
-                if time.perf_counter() - self._started > self.server.queue_seconds:
+                if time.monotonic() - self.started > self.server.queue_seconds:
                     raise unavailable("overloaded: the request waited too long for a worker")
             if self.server.draining and last:
                 self.close_connection = True
@@ -1168,6 +1639,14 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.send_problem(ProblemError(500, "unexpected failure"))
         return self.response
 
+    def refuse(self, problem: ProblemError, route: str) -> bytes:
+        """Return the answer that a problem makes, whatever the request asks for."""
+        with contextlib.suppress(ProblemError):
+            self.parse_request()
+        self.route = route
+        self.send_problem(problem)
+        return self.response
+
     def parse_request(self) -> bool:
         """Parse the request strictly; the base's parser is lenient, and slow.
 
@@ -1177,9 +1656,9 @@ class ProfileHandler(BaseHTTPRequestHandler):
         self._parsed = True
         self.request_id = ""
         try:
-            if isinstance(self._request, ProblemError):
-                raise self._request
-            self.command, self.path, self.request_version, self.headers = parse_head(self._request)
+            if isinstance(self.request, ProblemError):
+                raise self.request
+            self.command, self.path, self.request_version, self.headers = parse_head(self.request)
         finally:
             given = self.headers.get("x-request-id")
             self.request_id = given if given and _SANE_REQUEST_ID.fullmatch(given) else self.server.new_request_id()
@@ -1274,7 +1753,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
 
     def send_document(self, document: Document) -> None:
         """Answer with one document in a list, or 304 if the caller has it."""
-        self.send(200, b"[%b]" % document.value, JSON_TYPE, document.cas)
+        self.send(200, b"[%b]" % document.value, JSON_TYPE, document.cas, *_REPLICA[document.replica])
 
     def send_picture(self, document: Document) -> None:
         """Answer with the picture inside the record.
@@ -1289,8 +1768,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             kind, image = None, b""
         if not isinstance(kind, str) or not _PICTURE_TYPE.fullmatch(kind) or not image:
             raise ProblemError(422, "the picture record has no usable type or base64 image")
-        # a picture that is opened as a page of its own (SVG) may not run anything
-        self.send(200, image, f"image/{kind}", document.cas, "Content-Security-Policy: default-src 'none'; sandbox")
+        self.send(200, image, f"image/{kind}", document.cas, CONTENT_POLICY, *_REPLICA[document.replica])
 
     def send_matches(self, statement: str, route: str, parameter: str) -> None:
         """Answer with one page of the profiles that match, and a link to the next while more remain.
@@ -1325,15 +1803,11 @@ class ProfileHandler(BaseHTTPRequestHandler):
         self.route = "/readyz"
         if reasons := self.server.unready_reasons():
             raise unavailable("not ready", reasons=reasons)
-        self.send_local(b'{"status": "ready"}')
+        self.send_local(json.dumps({"status": "ready", "breakers": self.server.store.breaker_states()}).encode())
 
     def send_problem(self, problem: ProblemError) -> None:
         """Answer with a problem document."""
         self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, *problem.headers)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer with a problem document instead of the base class's page."""
-        self.send_problem(ProblemError(code, explain or message or HTTPStatus(code).phrase))
 
     def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, *headers: str) -> None:
         """Put the whole answer together.
@@ -1381,13 +1855,9 @@ class ProfileHandler(BaseHTTPRequestHandler):
                 f'"request_id": "{self.request_id}", "method": "{self.command or "-"}", '
                 f'"route": "{self.route or "-"}", '
                 f'"status": {code}, "bytes": {size}, '
-                f'"duration_ms": {(time.perf_counter() - self._started) * 1000:.3f}, '
+                f'"duration_ms": {(time.monotonic() - self.started) * 1000:.3f}, '
                 f'"client": "{self.client_address[0]}"}}\n'
             )
-
-    def log_message(self, format: str, *args: object) -> None:  # the base class's name
-        """Send what the base class would print to the log."""
-        self.server.log.event("info", format % args)
 
 
 def _names_tag(given: str | None, tag: str) -> bool:
@@ -1461,7 +1931,47 @@ class Work(NamedTuple):
 
     connection: Connection
     handler: ProfileHandler
-    arrived: float
+
+
+class QueryQueue:
+    """The bulkhead in front of the query workers: bounded, and nobody waits in it for long."""
+
+    bound = 1024
+    patience_seconds = 0.25
+
+    def __init__(self) -> None:
+        self._works: deque[tuple[float, Work | None]] = deque()
+        self._filled = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._works)
+
+    def put(self, work: Work | None) -> bool:
+        """Append; False if there is no room."""
+        with self._filled:
+            if work is not None and len(self._works) >= self.bound:
+                return False
+            self._works.append((time.monotonic(), work))
+            self._filled.notify()
+        return True
+
+    def get(self) -> Work | None:
+        """Wait for the next."""
+        with self._filled:
+            while not self._works:
+                self._filled.wait()
+            return self._works.popleft()[1]
+
+    def expired(self, now: float) -> list[Work]:
+        """Take out those that have waited too long."""
+        with self._filled:
+            late: list[Work] = []
+            while self._works and self._works[0][1] is not None and now - self._works[0][0] > self.patience_seconds:
+                late.append(self._works.popleft()[1])  # type: ignore[arg-type]  # not None, as the line above says
+        return late
+
+
+Works: TypeAlias = "queue.SimpleQueue[Work | None] | QueryQueue"
 
 
 class ProfileServer(ThreadingHTTPServer):
@@ -1475,6 +1985,9 @@ class ProfileServer(ThreadingHTTPServer):
     request_queue_size = 1024
     document_workers = 2  # batches form by themselves while both are busy; measured better than more threads
     batch_size = 32
+    alone_workers = 64  # while key-value is in trouble each document has a thread; started when first needed
+    stuck_seconds = 0.1  # with no document worker coming back for the next batch, something is wrong
+    overdue_seconds = 0.05  # after its time-out a query that the SDK still holds is given up
     receive_bytes = 16_384
     max_waiting = 16  # whole requests of one connection behind the one being answered; then reading pauses
     head_seconds = 10.0
@@ -1502,7 +2015,14 @@ class ProfileServer(ThreadingHTTPServer):
         self._connections: set[Connection] = set()
         self._local: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._documents: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
-        self._queries: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._alone: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._queries = QueryQueue()
+        self._running: dict[ProfileHandler, Work] = {}  # queries that a worker has in hand
+        self._lock = threading.Lock()  # of `_running` and of starting workers
+        self._minding_queries = False
+        self._documents_since = self._documents_taken = 0.0
+        self._was_ready = False
+        self._alone_started = 0
         self._asked: deque[Connection] = deque()
         self._awake = False
         self._wake_end: socket.socket | None = None
@@ -1563,11 +2083,17 @@ class ProfileServer(ThreadingHTTPServer):
         """
         if self.draining:
             return ["draining"]
-        return [] if any(self.board.column(Board.READY)) else ["Couchbase: not connected yet"]
+        if any(self.board.column(Board.READY)):
+            return []
+        return self.store.unready_reasons() or ["not ready yet"]
 
-    def set_ready(self, ready: bool) -> None:
-        """Tell all worker processes whether this one can serve profiles."""
-        self.board.put(Board.READY, ready)
+    def tell_ready(self) -> None:
+        """Tell all worker processes, and once a change the log, whether this one can serve profiles."""
+        reasons = ["draining"] if self.draining else self.store.unready_reasons()
+        self.board.put(Board.READY, not reasons)
+        if self._was_ready == bool(reasons):
+            self._was_ready = not reasons
+            self.log.event("warning" if reasons else "info", "not ready" if reasons else "ready", reasons=reasons)
 
     def metrics(self) -> bytes:
         """Return the process's metrics in Prometheus' text format."""
@@ -1613,6 +2139,10 @@ class ProfileServer(ThreadingHTTPServer):
                 now = time.monotonic()
                 if now >= self._accept_at:
                     self._watch_listeners()
+                if self._minding_queries:
+                    self._mind_queries(now)
+                if self._documents.qsize():
+                    self._mind_documents(now)
                 if now >= next_look or self._stopping:
                     next_look = now + poll_interval
                     self.service_actions()
@@ -1629,6 +2159,10 @@ class ProfileServer(ThreadingHTTPServer):
         """Return for how many seconds the loop may sleep."""
         if self._stopping:
             return 0.02
+        if self._minding_queries:
+            poll_interval = self.overdue_seconds
+        elif self._documents.qsize():
+            poll_interval = self.stuck_seconds
         return max(0.0, min(poll_interval, self._accept_at - time.monotonic()))
 
     def shutdown(self) -> None:
@@ -1651,6 +2185,42 @@ class ProfileServer(ThreadingHTTPServer):
             elif self.draining and not connection.partial and not connection.busy and not connection.closing:
                 connection.deadline = min(connection.deadline, self._drain_started + self.drain_idle_seconds)
 
+    def _mind_queries(self, now: float) -> None:
+        """Answer for queries that wait too long, and for those that the SDK does not give back in time.
+
+        Some errors of the query service (4040 to a prepared statement, say) leave the SDK's thread waiting for ever:
+        the caller gets its 504, and another worker takes the lost one's place.
+        """
+        for work in self._queries.expired(now):
+            self._refuse(work, unavailable("overloaded: no query worker is free"))
+        latest = now - self.store.query_timeout_seconds - self.overdue_seconds
+        for handler, work in list(self._running.items()):
+            if handler.started < latest and self._take_from_running(handler):
+                self.log.event("error", "a query is overdue; its worker is given up", route=handler.route)
+                self.store.query_breaker.failed(now)
+                self._start_worker(self._queries, self._answer_query)
+                self._refuse(work, ProblemError(504, "Couchbase did not answer in time"))
+        self._minding_queries = bool(self._running or len(self._queries))
+
+    def _take_from_running(self, handler: ProfileHandler) -> bool:
+        """Make a running query one's own to answer; False if another has."""
+        with self._lock:
+            return self._running.pop(handler, None) is not None
+
+    def _mind_documents(self, now: float) -> None:
+        """When every document worker is stuck with its batch, let those that wait go on alone."""
+        if now - max(self._documents_since, self._documents_taken) > self.stuck_seconds:
+            self.store.suspect()
+            with contextlib.suppress(queue.Empty):
+                while (work := self._documents.get_nowait()) is not None:
+                    self._put_alone(work)
+
+    def _refuse(self, work: Work, problem: ProblemError) -> None:
+        """Answer in place of a worker."""
+        handler = ProfileHandler(work.handler.request, work.connection.address, self, internal=work.connection.internal)
+        self._reply(work._replace(handler=handler), handler.refuse(problem, work.handler.route))
+        self.log.lines([handler.log_line])
+
     def _expire(self, connection: Connection) -> None:
         """End a connection whose time is up: with an answer if half a request is there."""
         if connection.partial and not connection.closing and not connection.outbox:
@@ -1668,7 +2238,7 @@ class ProfileServer(ThreadingHTTPServer):
             pass
         self.socket.close()
         self.draining = True
-        self.set_ready(False)
+        self.board.put(Board.READY, False)
 
     def _is_drained(self) -> bool:
         return time.monotonic() >= self._drain_deadline or all(connection.internal for connection in self._connections)
@@ -1806,11 +2376,31 @@ class ProfileServer(ThreadingHTTPServer):
 
     def _enqueue(self, connection: Connection, request: bytes | ProblemError) -> None:
         handler = ProfileHandler(request, connection.address, self, internal=connection.internal)
-        work = Work(connection, handler, time.monotonic())
-        if isinstance(request, bytes) and request.startswith((b"GET /api/", b"HEAD /api/")):
-            self._documents.put(work)
-        else:
+        work = Work(connection, handler)
+        if not isinstance(request, bytes) or not request.startswith((b"GET /api/", b"HEAD /api/")):
             self._local.put(work)
+        elif self.store.troubled:
+            self._put_alone(work)
+        else:
+            if not self._documents.qsize():
+                self._documents_since = handler.started
+            self._documents.put(work)
+
+    def _put_alone(self, work: Work) -> None:
+        """Queue a request whose document is fetched by itself; the workers for that start with the first of them."""
+        with self._lock:
+            missing, self._alone_started = self.alone_workers - self._alone_started, self.alone_workers
+        for _ in range(missing):
+            self._start_worker(self._alone, self._answer_alone)
+        self._alone.put(work)
+
+    def _put_query(self, work: Work) -> None:
+        """Queue a lookup; with no room it is refused at once."""
+        if not self._queries.put(work):
+            self._refuse(work, unavailable("overloaded: too many queries wait"))
+        elif not self._minding_queries:
+            self._minding_queries = True
+            self._wake()
 
     def _wake(self) -> None:
         """Make the loop look at what it is asked for."""
@@ -1885,12 +2475,17 @@ class ProfileServer(ThreadingHTTPServer):
     # the workers
 
     def _start_workers(self) -> None:
-        kinds: list[tuple[queue.SimpleQueue[Work | None], Callable[[Work], None]]] = [(self._local, self._answer_local)]
-        kinds += [(self._documents, self._answer_documents)] * self.document_workers
-        kinds += [(self._queries, self._answer_query)] * self.settings.threads
-        self._workers = [(threading.Thread(target=self._work, args=kind, daemon=True), kind[0]) for kind in kinds]
-        for thread, _ in self._workers:
-            thread.start()
+        self._workers: list[tuple[threading.Thread, Works]] = []
+        self._start_worker(self._local, self._answer_local)
+        for _ in range(self.document_workers):
+            self._start_worker(self._documents, self._answer_documents)
+        for _ in range(self.settings.threads):
+            self._start_worker(self._queries, self._answer_query)
+
+    def _start_worker(self, works: Works, answer: Callable[[Work], bool | None]) -> None:
+        thread = threading.Thread(target=self._work, args=(works, answer), daemon=True)
+        self._workers.append((thread, works))
+        thread.start()
 
     def _stop_workers(self) -> None:
         for _, works in self._workers:
@@ -1899,11 +2494,15 @@ class ProfileServer(ThreadingHTTPServer):
         for thread, _ in self._workers:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _work(self, works: queue.SimpleQueue[Work | None], answer: Callable[[Work], None]) -> None:
-        """Answer what comes by a queue until None does. Nothing that goes wrong with one request ends the worker."""
+    def _work(self, works: Works, answer: Callable[[Work], bool | None]) -> None:
+        """Answer what comes by a queue until None does, or `answer` returns False: the worker has been replaced.
+
+        Nothing else that goes wrong with one request ends the worker.
+        """
         while (work := works.get()) is not None:
             try:
-                answer(work)
+                if answer(work) is False:
+                    return
             except Exception as error:
                 self.log.event("error", "worker failure", error=describe(error))
                 work.connection.closing = True
@@ -1921,6 +2520,7 @@ class ProfileServer(ThreadingHTTPServer):
 
     def _answer_documents(self, first: Work) -> None:
         """Take all that waits, let each say what it wants, get that at once, and answer."""
+        self._documents_taken = time.monotonic()
         works = [first]
         with contextlib.suppress(queue.Empty):
             while len(works) < self.batch_size:
@@ -1932,6 +2532,10 @@ class ProfileServer(ThreadingHTTPServer):
         batch = Batch(self.store)
         pending = [work for work in works if not self._answered(work, batch)]
         while pending:
+            if self.store.troubled:
+                for work in pending:
+                    self._put_alone(work)
+                break
             batch.fetch()
             pending = [work for work in pending if not self._answered(work, batch)]
         self.log.lines([work.handler.log_line for work in works if work.handler.response])
@@ -1943,15 +2547,26 @@ class ProfileServer(ThreadingHTTPServer):
         except DocumentPending:
             return False
         except QueryPending:
-            self._queries.put(work)
+            self._put_query(work)
         else:
             self._reply(work, response)
         return True
 
-    def _answer_query(self, work: Work) -> None:
-        """Run one SQL++ statement."""
-        self._reply(work, work.handler.respond(self.store, last=not work.connection.waiting))
+    def _answer_alone(self, work: Work) -> None:
+        """Get one document by itself, so that it waits for no other's failure."""
+        if self._answered(work, Alone(self.store, work.handler.started)) and work.handler.response:
+            self.log.lines([work.handler.log_line])
+
+    def _answer_query(self, work: Work) -> bool:
+        """Run one SQL++ statement; False if it took so long that another worker has taken this one's place."""
+        with self._lock:
+            self._running[work.handler] = work
+        response = work.handler.respond(ForQuery(self.store, work.handler.started), last=not work.connection.waiting)
+        if not self._take_from_running(work.handler):
+            return False
+        self._reply(work, response)
         self.log.lines([work.handler.log_line])
+        return True
 
     def _reply(self, work: Work, response: bytes) -> None:
         """Send an answer; what the socket will not take at once is left to the loop."""
@@ -1991,6 +2606,7 @@ class ProfileServer(ThreadingHTTPServer):
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MIN_CHECK_SECONDS = 0.2
 CRASHED = 70  # EX_SOFTWARE of sysexits.h: a worker that ended so is started again
 
 
@@ -2002,20 +2618,18 @@ def backoff(low: float = 0.2, high: float = 5.0) -> Iterator[float]:
         delay = min(high, delay * 2)
 
 
-def keep_token(server: ProfileServer, stop: threading.Event, fatal: Callable[[str], None]) -> None:
-    """Connect and read the token, again and again until both work; then read the token again every period.
+def keep_ready(server: ProfileServer, stop: threading.Event, fatal: Callable[[str], None]) -> None:
+    """Connect and read the token, again and again until both work; then look every two seconds whether all is well.
 
     Args:
-        server: whose store to connect, and whom to tell when it is ready.
-        stop: ends it.
+        server: whose store to look after, and whom to tell when it is ready.
+        stop: ends it, within the next check.
         fatal: called with the reason once waiting cannot cure the failure.
     """
     store, log = server.store, server.log
     for delay in backoff():
         try:
-            if not store.connected:
-                store.connect()
-            store.read_token()
+            store.start()
             break
         except FatalError as error:
             fatal(str(error))
@@ -2024,13 +2638,16 @@ def keep_token(server: ProfileServer, stop: threading.Event, fatal: Callable[[st
             log.event("warning", "Couchbase is not there yet", error=describe(error), retry_seconds=round(delay, 1))
         if stop.wait(delay):
             return
-    server.set_ready(True)
-    log.event("info", "ready")
-    while not stop.wait(store.tokens.period_seconds):
+    server.tell_ready()
+    while not stop.wait(MIN_CHECK_SECONDS):
+        interval = min(store.check_seconds, store.tokens.period_seconds) * random.uniform(0.7, 1.0)  # noqa: S311
+        store.suspicion.wait(interval - MIN_CHECK_SECONDS)
+        store.suspicion.clear()
         try:
-            store.read_token()
+            store.check()
         except Exception as error:
-            log.event("warning", "the token could not be read again; the last one stays", error=describe(error))
+            log.event("error", "the background check failed", error=describe(error))
+        server.tell_ready()
 
 
 def serve(server: ProfileServer, report: Callable[[str], None]) -> int:
@@ -2046,11 +2663,14 @@ def serve(server: ProfileServer, report: Callable[[str], None]) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: server.shutdown())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `supervise` forks with them blocked
-    keeper = threading.Thread(target=keep_token, args=(server, stop, fatal), daemon=True)
+    keeper = threading.Thread(target=keep_ready, args=(server, stop, fatal), daemon=True)
     keeper.start()
     server.serve_forever()
+    for number in STOP_SIGNALS:  # a second one must not kill what is about to end with its own exit code
+        signal.signal(number, signal.SIG_IGN)
     server.server_close()
     stop.set()
+    server.store.suspicion.set()
     keeper.join(0.5)
     server.log.event("info", "stopped")
     if keeper.is_alive():  # inside the SDK, which cannot be interrupted while it connects

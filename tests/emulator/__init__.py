@@ -26,7 +26,7 @@ from tests.emulator.nodes import Listener, Node
 from tests.emulator.query import routes as query_routes
 from tests.emulator.sqlpp import QueryEngine
 from tests.emulator.tls import make_certificate
-from tests.emulator.users import Users
+from tests.emulator.users import Role, Users
 
 __all__ = ["Emulator", "Options"]
 
@@ -49,6 +49,8 @@ class Options:
         tls: Whether there are TLS ports too.
         tls_cert: Which certificate: one of ``tls.CERTIFICATES``.
         user, password: Who may sign in; no password: a random one.
+        second_user, second_password: Another who may, if one is named; no password: a random one.
+        roles: What that one may do; none: nothing.
         bucket: The bucket's name.
         token: The field `token` of the token document; None: a random one.
         profiles: How many sample profiles to fill in.
@@ -68,6 +70,9 @@ class Options:
     tls_cert: str = "good"
     user: str = "demo"
     password: str | None = field(default=None, repr=False)
+    second_user: str | None = None
+    second_password: str | None = field(default=None, repr=False)
+    roles: tuple[Role, ...] = ()
     bucket: str = "sample_app"
     token: str | None = field(default=None, repr=False)
     profiles: int = 0
@@ -88,7 +93,11 @@ class Emulator:
         self.password = self.options.password or secrets.token_urlsafe(18)
         self.token = self.options.token or secrets.token_urlsafe(18)
         self.cluster = Cluster()
-        self.users = Users({self.options.user: self.password})
+        self.second_password = self.options.second_password or secrets.token_urlsafe(18)
+        second = self.options.second_user
+        passwords = {} if second is None else {second: self.second_password}
+        roles = {} if second is None else {second: self.options.roles}
+        self.users = Users(passwords | {self.options.user: self.password}, roles)
         self.faults = Faults()
         self.engine = QueryEngine(self.cluster)
         self.nodes: list[Node] = []
@@ -136,6 +145,9 @@ class Emulator:
             "faults_port": self._faults_listener.port,
             "nodes": [{"plain": node.ports.plain, "tls": node.ports.tls} for node in self.nodes],
         }
+        if self.options.second_user is not None:
+            described["second_user"] = self.options.second_user
+            described["second_password"] = self.second_password
         if self.options.tls:
             described["tls_connection_string"] = self._connection_string("couchbases", first.tls["kv"])
             described["ca_file"] = str(self.ca_file)
@@ -221,7 +233,7 @@ class Emulator:
 
     def _applications(self, index: int, layout: Layout) -> dict[str, web.Application]:
         management = web.Application(middlewares=[guard(self.users, self.faults, index)])
-        management.add_routes(Management(index, self.cluster, layout).routes())
+        management.add_routes(Management(index, self.cluster, layout, self.users).routes())
         query = web.Application(client_max_size=MAX_STATEMENT_BYTES)
         query.add_routes(query_routes(self.engine, self.users, self.faults, index))
         return {"query": query, "management": management}

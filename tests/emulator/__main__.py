@@ -16,6 +16,7 @@ from typing import NoReturn
 from tests.emulator import DEFAULT_PICTURES, Emulator, Options
 from tests.emulator.nodes import PortInUseError
 from tests.emulator.tls import CERTIFICATES
+from tests.emulator.users import Role
 
 try:
     from uvloop import new_event_loop
@@ -53,13 +54,22 @@ def name(text: str) -> str:
     return text
 
 
+def roles(text: str) -> tuple[Role, ...]:
+    """Check the roles of a user, which have commas between them."""
+    try:
+        return tuple(map(Role.parse, text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).replace("%", "%%")) from None
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; its defaults are those of `Options`."""
     port = whole_number(MAX_PORT)
     flags = OneLineParser(
         prog="emulator",
         description="An in-memory stand-in for Couchbase Server. Prints one line of JSON when it is ready; "
-        "EMULATOR_PASSWORD in the environment is the user's password, otherwise it is random.",
+        "EMULATOR_PASSWORD in the environment is the user's password, EMULATOR_SECOND_PASSWORD the second user's; "
+        "otherwise they are random.",
     )
     flags.add_argument("--host", help="the address to listen on")
     flags.add_argument("--nodes", type=int, choices=(1, 2), help="how many nodes")
@@ -68,7 +78,11 @@ def parser() -> argparse.ArgumentParser:
         flags.add_argument(f"--{service}-port", type=port, metavar="PORT", help="0, the default, is a free one")
     flags.add_argument("--tls", action="store_true", help="listen on TLS ports too")
     flags.add_argument("--tls-cert", choices=CERTIFICATES, help="which certificate the TLS ports show")
-    flags.add_argument("--user", type=name, help="who may sign in")
+    flags.add_argument("--user", type=name, help="who may sign in, and do everything")
+    flags.add_argument(
+        "--second-user", type=name, metavar="USER", help="who else may sign in, and do what --roles says"
+    )
+    flags.add_argument("--roles", type=roles, metavar="ROLE,…", help="such as data_reader[bucket:scope:collection]")
     flags.add_argument("--bucket", type=name, help="the bucket's name")
     flags.add_argument("--token", help="the token of the service; random by default")
     flags.add_argument("--profiles", type=whole_number(MAX_PROFILES), metavar="N", help="how many sample profiles")
@@ -92,6 +106,9 @@ def options_from(arguments: list[str]) -> tuple[Options, bool]:
     until_stdin_closes = given.pop("until_stdin_closes")
     options = Options(**given)
     options.password = os.environ.get("EMULATOR_PASSWORD") or None
+    options.second_password = os.environ.get("EMULATOR_SECOND_PASSWORD") or None
+    if bool(options.roles) != bool(options.second_user) or options.second_user == options.user:
+        flags.error("--second-user and --roles go together, and it must be another than --user")
     if options.replicas and options.nodes == 1:
         flags.error("--replicas 1 needs --nodes 2")
     if options.empty and (options.profiles or options.pictures or options.token is not None):

@@ -225,8 +225,19 @@ class Bucket:
         self._forget(self.scopes[scope_name].collections.pop(name))
         self.manifest_uid += 1
 
-    def manifest(self) -> dict[str, Any]:
-        """Return the collections manifest, as key-value and HTTP both give it: ids and uids are hexadecimal text."""
+    def path_of(self, collection: Collection) -> tuple[str, str, str]:
+        """Return the names of the bucket, the scope and the collection; raises KeyError where it is not in here."""
+        for scope in self.scopes.values():
+            if scope.collections.get(collection.name) is collection:
+                return self.name, scope.name, collection.name
+        raise KeyError(collection.name)
+
+    def manifest(self, visible: Callable[[tuple[str, ...]], bool]) -> dict[str, Any]:
+        """Return the collections manifest, as key-value and HTTP both give it: ids and uids are hexadecimal text.
+
+        Args:
+            visible: Whether whoever asks may see a scope (its path has two names) or a collection (three).
+        """
         return {
             "uid": f"{self.manifest_uid:x}",
             "scopes": [
@@ -236,9 +247,11 @@ class Bucket:
                     "collections": [
                         {"name": collection.name, "uid": f"{collection.id:x}", "maxTTL": 0, "history": False}
                         for collection in scope.collections.values()
+                        if visible((self.name, scope.name, collection.name))
                     ],
                 }
                 for scope in self.scopes.values()
+                if visible((self.name, scope.name))
             ],
         }
 

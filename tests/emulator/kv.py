@@ -26,8 +26,9 @@ from tests.emulator.documents import (
 from tests.emulator.faults import Faults
 from tests.emulator.layout import Layout
 from tests.emulator.subdoc import SubdocError
-from tests.emulator.users import MECHANISMS, ScramExchange, Users
+from tests.emulator.users import MECHANISMS, Path, Privilege, ScramExchange, Users
 from tests.emulator.wire import (
+    DOCUMENT_OPCODES,
     HEADER,
     HEADER_BYTES,
     JSON_DATATYPE,
@@ -66,6 +67,19 @@ MUTATION_RESULT = struct.Struct(">BHL")
 MUTATION_FAILURE = struct.Struct(">BH")
 
 DOCUMENT_MKDOC, DOCUMENT_ADD = 0x01, 0x02
+
+READS = frozenset(
+    {
+        Opcode.GET,
+        Opcode.GET_REPLICA,
+        Opcode.EXISTS,
+        Opcode.SUBDOC_GET,
+        Opcode.SUBDOC_EXISTS,
+        Opcode.LOOKUP_IN,
+        Opcode.GET_AND_TOUCH,
+    }
+)
+WRITES = DOCUMENT_OPCODES - READS | {Opcode.GET_AND_TOUCH}
 
 ERROR_MAP = {
     "version": 1,
@@ -153,6 +167,7 @@ class Connection(asyncio.Protocol):
         self._partial = bytearray()
         self._needed = HEADER_BYTES
         self._user: str | None = None
+        self._restricted = False
         self._scram: ScramExchange | None = None
         self._bucket: Bucket | None = None
         self._collections = False
@@ -390,6 +405,7 @@ class Connection(asyncio.Protocol):
 
     def _signed_in(self, request: Request, user: str, final: str = "") -> bytes:
         self._user = user
+        self._restricted = not self.service.users.unrestricted(user)
         self._max_body_bytes = MAX_PACKET_BYTES
         if self._sign_in_timer is not None:
             self._sign_in_timer.cancel()
@@ -406,7 +422,10 @@ class Connection(asyncio.Protocol):
 
     def _select_bucket(self, request: Request) -> bytes:
         """Work in a bucket; to a user who may use all buckets, one that does not exist is "not found"."""
-        bucket = self.service.cluster.buckets.get(request.key.decode())
+        name = request.key.decode()
+        if not self._sees((name,)):
+            raise StatusError(Status.NO_ACCESS)
+        bucket = self.service.cluster.buckets.get(name)
         if bucket is None:
             raise StatusError(Status.NOT_FOUND)
         self._bucket = bucket
@@ -423,7 +442,7 @@ class Connection(asyncio.Protocol):
         return self._bucket
 
     def _manifest(self, request: Request) -> bytes:
-        return reply(request, Status.SUCCESS, json.dumps(self._own_bucket().manifest()).encode())
+        return reply(request, Status.SUCCESS, json.dumps(self._own_bucket().manifest(self._sees)).encode())
 
     def _collection_id(self, request: Request) -> bytes:
         bucket = self._own_bucket()
@@ -431,10 +450,10 @@ class Connection(asyncio.Protocol):
         if not separator:
             raise StatusError(Status.INVALID)
         scope = bucket.scopes.get(scope_name or "_default")
-        if scope is None:
+        if scope is None or not self._sees((bucket.name, scope.name)):
             raise StatusError(Status.UNKNOWN_SCOPE, _manifest_context(bucket))
         collection = scope.collections.get(name or "_default")
-        if collection is None:
+        if collection is None or not self._sees((bucket.name, scope.name, collection.name)):
             raise StatusError(Status.UNKNOWN_COLLECTION, _manifest_context(bucket))
         return reply(request, Status.SUCCESS, extras=COLLECTION_ID.pack(bucket.manifest_uid, collection.id))
 
@@ -461,7 +480,21 @@ class Connection(asyncio.Protocol):
         collection = bucket.collections_by_id.get(collection_id)
         if collection is None:
             raise StatusError(Status.UNKNOWN_COLLECTION, _manifest_context(bucket))
+        if self._restricted:
+            self._check_privileges(request.opcode, bucket, collection)
         return collection, key
+
+    def _sees(self, path: Path) -> bool:
+        return not self._restricted or self.service.users.sees(self._user or "", path)
+
+    def _check_privileges(self, opcode: int, bucket: Bucket, collection: Collection) -> None:
+        """Raise StatusError where the user may not: a collection that one has no role for at all does not exist."""
+        path = bucket.path_of(collection)
+        if not self._sees(path):
+            raise StatusError(Status.UNKNOWN_COLLECTION, _manifest_context(bucket))
+        for privilege, opcodes in ((Privilege.READ, READS), (Privilege.WRITE, WRITES)):
+            if opcode in opcodes and not self.service.users.may(self._user or "", privilege, path):
+                raise StatusError(Status.NO_ACCESS)
 
     def _existing(self, request: Request, *, replica: bool = False) -> tuple[Collection, bytes, Document]:
         """Return also the document, or raise StatusError NOT_FOUND."""

@@ -13,23 +13,34 @@ from aiohttp.typedefs import Handler, Middleware
 from tests.emulator.documents import AlreadyExistsError, Bucket, Cluster
 from tests.emulator.faults import Faults
 from tests.emulator.layout import Layout
-from tests.emulator.users import Users
+from tests.emulator.users import Path, Privilege, Users
 from tests.emulator.wire import VBUCKETS
 
 VERSION = "7.6.0-0000-enterprise"
 NAME = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_%-]{0,250}")
 """Names of scopes and collections: 1 to 251 characters, not starting with ``_`` or ``%``."""
+USER = "user"
+"""Where in a request the middleware leaves who signed in, for the handlers."""
 NOT_FOUND = "Requested resource not found.\r\n"
 
 
 def guard(users: Users, faults: Faults, node: int) -> Middleware:
-    """Return the middleware that does the faults of management and asks for a user and password (RFC 7617)."""
+    """Return the middleware that does the faults of management, asks for a user and password (RFC 7617), and for roles.
+
+    To look at a bucket takes any role for it or for a part of it; to change anything takes an administrator.
+    """
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         await faults.before("management", request.path, node)
-        if users.verify_basic(request.headers.get("Authorization")) is None:
+        user = users.verify_basic(request.headers.get("Authorization"))
+        if user is None:
             return web.Response(status=401, headers={"WWW-Authenticate": 'Basic realm="Couchbase Server Admin / REST"'})
+        bucket = request.match_info.get("bucket")
+        allowed = users.sees(user, () if bucket is None else (bucket,))
+        if not (allowed if request.method == "GET" else users.may(user, Privilege.MANAGE, ())):
+            return web.json_response({"message": "Forbidden. User needs the following permissions"}, status=403)
+        request[USER] = user
         return await handler(request)
 
     return check
@@ -38,8 +49,9 @@ def guard(users: Users, faults: Faults, node: int) -> Middleware:
 class Management:
     """One node's management service."""
 
-    def __init__(self, node: int, cluster: Cluster, layout: Layout) -> None:
-        """Manage `cluster` as node number `node` of `layout`."""
+    def __init__(self, node: int, cluster: Cluster, layout: Layout, users: Users) -> None:
+        """Manage `cluster` as node number `node` of `layout`; `users` says who may see what."""
+        self._users = users
         self._node = node
         self._cluster = cluster
         self._layout = layout
@@ -100,7 +112,11 @@ class Management:
 
     async def buckets(self, request: web.Request) -> web.Response:
         """List the buckets."""
-        return web.json_response([self._bucket_info(bucket) for bucket in self._cluster.buckets.values()])
+        buckets = self._cluster.buckets.values()
+        user = request[USER]
+        return web.json_response(
+            [self._bucket_info(bucket) for bucket in buckets if self._users.sees(user, (bucket.name,))]
+        )
 
     async def bucket(self, request: web.Request) -> web.Response:
         """Describe one bucket."""
@@ -113,8 +129,13 @@ class Management:
     # ---- scopes and collections ----
 
     async def scopes(self, request: web.Request) -> web.Response:
-        """Give the collections manifest."""
-        return web.json_response(self._named_bucket(request).manifest())
+        """Give the collections manifest, as far as the user sees it."""
+        user = request[USER]
+
+        def visible(path: Path) -> bool:
+            return self._users.sees(user, path)
+
+        return web.json_response(self._named_bucket(request).manifest(visible))
 
     async def create_scope(self, request: web.Request) -> web.Response:
         """Make the scope that the form's ``name`` says."""

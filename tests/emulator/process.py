@@ -28,8 +28,9 @@ class EmulatorProcess:
     The options are the command line's flags with underscores: ``EmulatorProcess(nodes=2, profiles=100, tls=True)``;
     `password` goes through the environment. What the emulator prints when it is ready becomes attributes:
     `connection_string`, `user`, `password`, `bucket`, `token`, `kv_port`, `query_port`, `management_port`,
-    `faults_port`, `nodes`, and with TLS `tls_connection_string` and `ca_file`. The process ends with the block, and
-    with the process that started it.
+    `faults_port`, `nodes`, with TLS `tls_connection_string` and `ca_file`, and with a second user
+    (``second_user="reader", roles="data_reader[*]"``) `second_user` and `second_password`. The process ends with the
+    block, and with the process that started it.
     """
 
     connection_string: str
@@ -37,6 +38,8 @@ class EmulatorProcess:
     ca_file: str
     user: str
     password: str
+    second_user: str
+    second_password: str
     bucket: str
     token: str
     kv_port: int

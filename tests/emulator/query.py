@@ -13,10 +13,16 @@ from tests.emulator.faults import Faults
 from tests.emulator.sqlpp import QueryEngine, QueryError, QueryResult
 from tests.emulator.sqlpp_errors import BAD_VALUE, MEDIA_TYPE, MULTIPLE_VALUES, UNAUTHORIZED, WRONG_TYPE
 from tests.emulator.sqlpp_values import strict_json
-from tests.emulator.users import Users
+from tests.emulator.users import Privilege, Users
 
 SERVICE = "query"
 UNAUTHORIZED_MESSAGE = "User does not have credentials to run queries."
+ROLES = {
+    Privilege.SELECT: "query_select",
+    Privilege.INDEX: "query_manage_index",
+    Privilege.WRITE: "query_update",
+}
+"""The role that would do, for the message."""
 FLAGS = {"true": True, "false": False}
 FORM_FLAGS = ("readonly", "metrics", "signature", "pretty", "auto_execute", "preserve_expiry", "tximplicit")
 
@@ -36,13 +42,16 @@ def routes(engine: QueryEngine, users: Users, faults: Faults, node: int) -> list
         await faults.before(SERVICE, "query", node)
         reply = Reply(started)
         try:
-            if users.verify_basic(request.headers.get("Authorization")) is None:
+            user = users.verify_basic(request.headers.get("Authorization"))
+            if user is None:
                 raise QueryError(UNAUTHORIZED, UNAUTHORIZED_MESSAGE)
             members = await read_request(request)
             reply.read_members(members)
             fault = faults.take_query_error()
             if fault is not None:
                 return reply.failed(QueryError(fault.code, fault.msg), fault.http_status)
+            if not users.unrestricted(user):
+                check_roles(users, user, engine, members)
             return reply.succeeded(await run(engine, members))
         except QueryError as error:
             return reply.failed(error, error.http_status)
@@ -52,6 +61,19 @@ def routes(engine: QueryEngine, users: Users, faults: Faults, node: int) -> list
         return web.json_response({"status": "OK"})
 
     return [web.post("/query/service", query), web.get("/admin/ping", ping)]
+
+
+def check_roles(users: Users, user: str, engine: QueryEngine, members: dict[str, Any]) -> None:
+    """Raise QueryError 13014 where the user has no role for what the statement does; others for a bad request."""
+    needed = engine.needs(members)
+    if needed is not None and not users.may(user, *needed):
+        privilege, path = needed
+        role = ROLES[privilege]
+        raise QueryError(
+            UNAUTHORIZED,
+            f"User does not have credentials to run {privilege.name} queries on {':'.join(path)}. "
+            f"Add role {role} on {':'.join(path)} to allow the statement to run.",
+        )
 
 
 async def run(engine: QueryEngine, members: dict[str, Any]) -> QueryResult:

@@ -43,6 +43,7 @@ from tests.emulator.sqlpp_indexes import IndexCatalog, Path
 from tests.emulator.sqlpp_plan import Access, QueryResult, SelectPlan, Source, choose_access
 from tests.emulator.sqlpp_request import NAMESPACE, Request, check_request, parse_context
 from tests.emulator.sqlpp_values import dump_json
+from tests.emulator.users import Privilege
 
 __all__ = ["QueryEngine", "QueryError", "QueryResult"]
 
@@ -89,6 +90,33 @@ class QueryEngine:
         except Exception as error:
             log.exception("a query failed unexpectedly")
             raise QueryError(INTERNAL, f"Unexpected {type(error).__name__}: {error}") from error
+
+    def needs(self, request: Mapping[str, Any]) -> tuple[Privilege, tuple[str, ...]] | None:
+        """Return what a request takes a role for, and for which keyspace; None: any user may.
+
+        Raises:
+            QueryError: Whatever is wrong with the request, as for ``execute``.
+        """
+        checked = check_request(request)
+        text = checked.text
+        if text is None:
+            text = self._find_prepared(checked.prepared or "", checked.context)
+        statement = parse_statement(text)
+        if isinstance(statement, Execute):
+            statement = parse_statement(self._find_prepared(statement.name, checked.context))
+        if isinstance(statement, (Prepare, Explain)):
+            statement = statement.statement
+        if isinstance(statement, Explain):
+            statement = statement.statement
+        if isinstance(statement, Select):
+            keyspace = statement.keyspace
+            if keyspace is None or keyspace.namespace == "system":
+                return None
+            return Privilege.SELECT, self._resolve(keyspace, checked.context)[0]
+        if isinstance(statement, Change):
+            return Privilege.WRITE, ()
+        assert not isinstance(statement, (Execute, Prepare))  # which cannot be prepared
+        return Privilege.INDEX, self._resolve(statement.keyspace, checked.context)[0]
 
     def _run(self, request: Request) -> Generator[None, None, QueryResult]:
         text = request.text

@@ -1,9 +1,13 @@
-"""Users and their passwords: what key-value (SASL) and HTTP (Basic) sign-in are checked against."""
+"""Users, their passwords (for key-value's SASL and HTTP's Basic sign-in) and their roles: what each of them may do."""
 
 import base64
 import binascii
 import hmac
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Self
 
 from scramp import ScramException, ScramMechanism  # type: ignore[import-untyped]
 
@@ -14,13 +18,82 @@ AuthInfo = tuple[bytes, bytes, bytes, int]
 """Salt, stored key, server key and iteration count, as scramp makes them of a password."""
 
 
-class Users:
-    """The users that may sign in; every user may do everything, as an administrator may."""
+Path = tuple[str, ...]
+"""The names of a bucket, or of a bucket and a scope, or of a bucket, a scope and a collection."""
 
-    def __init__(self, passwords: Mapping[str, str]) -> None:
-        """Start with these users and their passwords."""
+
+class Privilege(Enum):
+    """What a user may be allowed to do with the documents of a collection, or with its schema."""
+
+    READ = auto()
+    WRITE = auto()
+    SELECT = auto()
+    INDEX = auto()
+    MANAGE = auto()
+
+
+GRANTS = {
+    "admin": frozenset(Privilege),
+    "data_reader": frozenset({Privilege.READ}),
+    "data_writer": frozenset({Privilege.WRITE}),
+    "query_select": frozenset({Privilege.SELECT}),
+    "query_manage_index": frozenset({Privilege.INDEX}),
+}
+"""The roles there are, by the server's names. On the server some of them allow more: here no one relies on that."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """A role, and the bucket, scope or collection that it is for; an empty path: all of them."""
+
+    name: str
+    path: Path = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read it as the server writes it: ``admin``, ``data_reader[bucket:scope:collection]``, ``data_writer[*]``.
+
+        Raises:
+            ValueError: There is no such role, or it is written in another way.
+        """
+        match = re.fullmatch(r"([a-z_]+)(?:\[([^\[\]:]+(?::[^\[\]:]+){0,2})\])?", text)
+        if match is None or match[1] not in GRANTS or (match[1] == "admin") != (match[2] is None):
+            known = ", ".join(name if name == "admin" else f"{name}[bucket:scope:collection]" for name in GRANTS)
+            raise ValueError(f"must be one of {known}, not {text!r}")
+        return cls(match[1], () if match[2] in (None, "*") else tuple(match[2].split(":")))
+
+    def grants(self, privilege: Privilege, path: Path) -> bool:
+        """Say whether this role allows it for what `path` names."""
+        return privilege in GRANTS[self.name] and path[: len(self.path)] == self.path
+
+    def touches(self, path: Path) -> bool:
+        """Say whether this role is for what `path` names, or for some of it, or for all of it and more."""
+        return all(own == other for own, other in zip(self.path, path, strict=False))
+
+
+ADMIN = (Role("admin"),)
+
+
+class Users:
+    """The users that may sign in, and what they may do."""
+
+    def __init__(self, passwords: Mapping[str, str], roles: Mapping[str, tuple[Role, ...]] | None = None) -> None:
+        """Start with these users and their passwords; a user whose roles are not said is an administrator."""
         self._passwords = dict(passwords)
+        self._roles = dict(roles or {})
         self._derived: dict[tuple[str, str], AuthInfo] = {}
+
+    def unrestricted(self, user: str) -> bool:
+        """Say whether the user may do everything."""
+        return self._roles.get(user, ADMIN) == ADMIN
+
+    def may(self, user: str, privilege: Privilege, path: Path) -> bool:
+        """Say whether one of the user's roles allows it for what `path` names."""
+        return any(role.grants(privilege, path) for role in self._roles.get(user, ADMIN))
+
+    def sees(self, user: str, path: Path) -> bool:
+        """Say whether the user has any role for what `path` names; what one doesn't see does not exist for one."""
+        return any(role.touches(path) for role in self._roles.get(user, ADMIN))
 
     def __contains__(self, user: str) -> bool:
         """Say whether there is such a user."""

@@ -233,7 +233,8 @@ def test_other_methods_are_405(service: ServiceProcess, database) -> None:
 def test_probes_and_metrics(service: ServiceProcess) -> None:
     for port in (service.port, service.metrics_port):
         assert service.get("/healthz", port=port).json() == {"status": "alive"}
-        assert service.get("/readyz", port=port).json() == {"status": "ready"}
+        ready = {"status": "ready", "breakers": {"key-value": "closed", "query": "closed"}}
+        assert service.get("/readyz", port=port).json() == ready
     assert service.get("/metrics").status == 404
     metrics = service.get("/metrics", port=service.metrics_port)
     assert metrics.status == 200

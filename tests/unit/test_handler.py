@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 
@@ -51,7 +52,8 @@ def server() -> Iterator[service.ProfileServer]:
     log = service.Log("error")
     bound = service.ProfileServer(settings, service.ProfileStore(settings, log), log)
     bound.store.tokens.adopt(TOKEN, 0.0)
-    bound.set_ready(True)
+    bound.store._token_read_at = math.inf
+    bound.tell_ready()
     yield bound
     bound.server_close()
 
@@ -302,7 +304,7 @@ def test_unexpected_failure_is_500_without_a_trace(ask, shelf: Shelf) -> None:
 def test_not_ready(ask, server: service.ProfileServer) -> None:
     """Before the token is known the API answers 503, liveness does not care."""
     server.store.tokens = service.Tokens(30)
-    server.set_ready(False)
+    server.tell_ready()
     answer = ask("/api/v1/id/5", BEARER)
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
     assert ask("/healthz").status == 200
