@@ -16,10 +16,13 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import bisect
 import contextlib
 import errno
 import hmac
 import http.client
+import importlib.metadata
+import ipaddress
 import itertools
 import json
 import math
@@ -28,7 +31,9 @@ import os
 import queue
 import random
 import re
+import resource
 import secrets
+import select
 import selectors
 import signal
 import socket
@@ -55,7 +60,6 @@ from couchbase.n1ql import QueryScanConsistency
 from couchbase.options import (
     ClusterOptions,
     ClusterTimeoutOptions,
-    ExistsOptions,
     GetAnyReplicaOptions,
     GetOptions,
     LookupInOptions,
@@ -116,6 +120,13 @@ def _file(text: str) -> str:
 
 def _metrics_port(text: str) -> int | None:
     return None if text.lower() == "off" else _integer(0, 65535)(text)
+
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
 
 
 REQUIRED = object()
@@ -187,6 +198,9 @@ class Settings:
         "TOKEN_REFRESH_SECONDS", "30", "1 to 86400", "how often the token is read again", _integer(1, 86_400))
     shutdown_seconds: int = _setting(
         "SHUTDOWN_SECONDS", "20", "0 to 3600", "how long running requests may take to finish", _integer(0, 3600))
+    trusted_proxies: tuple[Network, ...] = _setting(
+        "TRUSTED_PROXIES", "", "addresses or networks, with commas",
+        "whose X-Forwarded-For names the client", _networks)
     log_level: str = _setting(
         "LOG_LEVEL", "info", "debug, info, warning or error",
         "the least level that is logged", _choice("debug", "info", "warning", "error"))
@@ -300,6 +314,10 @@ class SecondClock:
 CLOCK = SecondClock()
 
 
+MAX_LINE_BYTES = 2048
+PIPE_BYTES = 4096  # PIPE_BUF of Linux: what a pipe takes without mixing it with another process's
+
+
 class Log:
     """JSON lines on standard output: one an event, one an answered request."""
 
@@ -307,21 +325,45 @@ class Log:
 
     def __init__(self, level: str = "info", *, access: bool = True, descriptor: int = 1, worker: int = 0) -> None:
         self.access = access and level in {"debug", "info"}
+        self.debug = level == "debug"
         self.worker = worker
+        self.dropped = 0  # lines, since the start of this process
         self._descriptor = descriptor
+        self._stalled = False
         self._least = self.LEVELS.index(level)
+        self._poll = select.poll() if hasattr(select, "poll") else None
+        if self._poll:
+            self._poll.register(descriptor, select.POLLOUT)
 
     def event(self, level: str, message: str, **details: object) -> None:
         """Write one event; `details` become members. Values are escaped by JSON, so none can forge a line."""
         if self.LEVELS.index(level) >= self._least:
             line = {"time": CLOCK.rfc3339(), "level": level, "message": message, "worker": self.worker, **details}
-            self.lines([json.dumps(line, default=str) + "\n"])
+            text = json.dumps(line, default=str)
+            if len(text) >= MAX_LINE_BYTES:
+                text = json.dumps(
+                    {name: value[:200] if isinstance(value, str) else value for name, value in line.items()}
+                )
+            self.lines([text[: MAX_LINE_BYTES - 1] + "\n"])
 
     def lines(self, lines: list[str]) -> None:
-        """Write whole lines with one system call; a log that is gone (closed pipe) stops nobody."""
-        if lines:
-            with contextlib.suppress(OSError):
-                os.write(self._descriptor, "".join(lines).encode())
+        """Write whole lines, several with one system call.
+
+        A log that nobody reads must not hold up the service: what a full pipe does not take is dropped and counted.
+        A closed one stops nobody.
+        """
+        data = "".join(lines).encode()
+        while data:
+            end = len(data) if len(data) <= PIPE_BYTES else data.rfind(b"\n", 0, PIPE_BYTES) + 1 or len(data)
+            chunk, data = data[:end], data[end:]
+            # a pipe that polls as writable takes PIPE_BUF bytes at once and whole; after a loss nobody waits again
+            if self._poll is None or self._poll.poll(0 if self._stalled else 100):
+                self._stalled = False
+                with contextlib.suppress(OSError):
+                    os.write(self._descriptor, chunk)
+            else:
+                self._stalled = True
+                self.dropped += chunk.count(b"\n")
 
 
 def describe(error: BaseException) -> str:
@@ -365,7 +407,9 @@ def error_context(error: BaseException) -> dict[str, Any]:
 class ProblemError(Exception):
     """Raised anywhere while a request is answered, and answered in one place as a problem document (RFC 9457)."""
 
-    def __init__(self, status: int, detail: str, *headers: str, reasons: Sequence[str] = ()) -> None:
+    def __init__(
+        self, status: int, detail: str, *headers: str, reasons: Sequence[str] = (), rejected: str = ""
+    ) -> None:
         """Make a problem.
 
         Args:
@@ -373,8 +417,10 @@ class ProblemError(Exception):
             detail: what went wrong, for the caller; never a secret, never another's data.
             *headers: whole header fields (`Name: value`) that belong to this status.
             reasons: further explanations, a member of their own.
+            rejected: why the request was refused before it was worked on (one of REASONS), for the metrics.
         """
         super().__init__(detail)
+        self.rejected = rejected
         self.status = status
         self.detail = detail
         self.headers = headers
@@ -393,9 +439,9 @@ class ProblemError(Exception):
         return json.dumps(members).encode()
 
 
-def unavailable(detail: str, *, seconds: int = 1, reasons: Sequence[str] = ()) -> ProblemError:
+def unavailable(detail: str, *, seconds: int = 1, reasons: Sequence[str] = (), rejected: str = "") -> ProblemError:
     """Return a 503 that tells the caller when to come back (RFC 9110, 10.2.3)."""
-    return ProblemError(503, detail, f"Retry-After: {seconds}", reasons=reasons)
+    return ProblemError(503, detail, f"Retry-After: {seconds}", reasons=reasons, rejected=rejected)
 
 
 # ── HTTP/1.1 messages (RFC 9112) ──────────────────────────────────────────────────────────────────────────────────────
@@ -429,7 +475,13 @@ _SINGLE_FIELDS = frozenset(
 # What a gateway that turns dashes into underscores (as CGI does) would take for the framing.
 _DISGUISED_FIELDS = frozenset(("content_length", "transfer_encoding"))
 # What may not come after the body, where it would change how the message before it is read (RFC 9110, 6.5.1).
-_FORBIDDEN_TRAILERS = _SINGLE_FIELDS | _DISGUISED_FIELDS | {"connection", "content-encoding", "cookie", "trailer", "te"}
+_FORBIDDEN_TRAILERS = (
+    _SINGLE_FIELDS
+    | _DISGUISED_FIELDS
+    | {"cache-control", "connection", "content-encoding", "content-range", "cookie", "keep-alive", "max-forwards"}
+    | {"if-match", "if-modified-since", "if-none-match", "if-range", "if-unmodified-since", "range"}
+    | {"proxy-authorization", "te", "trailer", "upgrade"}
+)
 
 
 class Head(NamedTuple):
@@ -675,6 +727,8 @@ class Framer:
             if len(inbox) > MAX_HEAD_BYTES:
                 raise ProblemError(431, f"the trailer fields are longer than {MAX_HEAD_BYTES} bytes")
             return False
+        if end + 4 > MAX_HEAD_BYTES:
+            raise ProblemError(431, f"the trailer fields are longer than {MAX_HEAD_BYTES} bytes")
         block = inbox[: end + 4].decode("latin-1")
         names = {name.lower() for name, _ in _FIELD_LINE.findall(block)}
         if _FIELD_LINES.fullmatch(block) is None or not names.isdisjoint(_FORBIDDEN_TRAILERS):
@@ -773,6 +827,321 @@ class Tokens:
         return matches
 
 
+# ── Metrics ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ROUTES = (
+    "/api/v1/id/{id}",
+    "/api/v1/nickname/{nickname}",
+    "/api/v1/username/{username}",
+    "/api/v1/picture/record/{id}",
+    "/api/v1/picture/raw/{id}",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/openapi.json",
+    "/docs",
+    "other",
+)
+METHODS = ("GET", "HEAD", "OPTIONS", "other")
+STATUSES = (200, 204, 304, 400, 401, 404, 405, 408, 413, 414, 417, 422, 431, 500, 503, 504)
+OPERATIONS = ("get", "get_multi", "get_any_replica", "lookup_in", "query")
+OUTCOMES = ("ok", "not_found", "timeout", "unavailable", "error")
+REASONS = ("malformed", "too_large", "too_slow", "overloaded", "not_ready")
+SERVICES = ("key-value", "query")
+# Seconds; the finest are those of a cache hit on the same machine, the last is the longest time-out allowed.
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Family(NamedTuple):
+    """One metric: its name, its kind, its labels, each of a closed set of values."""
+
+    name: str
+    kind: str
+    help: str
+    labels: tuple[tuple[str, tuple[object, ...]], ...] = ()
+    gauge_of: str = "sum"  # how the rows of the workers become one value
+
+
+FAMILIES = (
+    Family(
+        "http_requests_total",
+        "counter",
+        "Answered requests.",
+        (("route", ROUTES), ("method", METHODS), ("status", STATUSES)),
+    ),
+    Family("http_request_duration_seconds", "histogram", "From a whole request to its answer.", (("route", ROUTES),)),
+    Family("http_queue_seconds", "histogram", "From a whole request to the worker that takes it."),
+    Family("http_requests_in_flight", "gauge", "Requests that wait or are being answered."),
+    Family("http_connections", "gauge", "Open client connections."),
+    Family("http_rejected_total", "counter", "Requests refused before they were worked on.", (("reason", REASONS),)),
+    Family(
+        "couchbase_operations_total",
+        "counter",
+        "Finished operations.",
+        (("operation", OPERATIONS), ("outcome", OUTCOMES)),
+    ),
+    Family(
+        "couchbase_operation_duration_seconds", "histogram", "Duration of operations.", (("operation", OPERATIONS),)
+    ),
+    Family(
+        "couchbase_breaker_state", "gauge", "0 closed, 1 half-open, 2 open.", (("service", SERVICES),), gauge_of="max"
+    ),
+    Family("couchbase_ready", "gauge", "Whether profiles can be served.", gauge_of="max"),
+    Family("auth_failures_total", "counter", "Requests without a valid token."),
+    Family("log_lines_dropped_total", "counter", "Log lines that a full pipe did not take."),
+    Family("process_cpu_seconds_total", "counter", "CPU time of all worker processes."),
+    Family("process_resident_memory_bytes", "gauge", "Resident memory of all worker processes."),
+    Family("process_open_fds", "gauge", "Open file descriptors of all worker processes."),
+)
+
+
+def _cells(family: Family) -> list[tuple[str, ...]]:
+    """Return the keys of a family's numbers: name and label values; for histograms each bucket's and the sum's."""
+    keys = [(family.name, *map(str, values)) for values in itertools.product(*(values for _, values in family.labels))]
+    if family.kind == "histogram":
+        return [(*key, part) for key in keys for part in (*map(str, BUCKETS), "+Inf", "sum")]
+    return keys
+
+
+COLUMNS = {key: number for number, key in enumerate(key for family in FAMILIES for key in _cells(family))}
+_GAUGE_COLUMNS = [COLUMNS[key] for family in FAMILIES if family.kind == "gauge" for key in _cells(family)]
+_IN_MICROSECONDS = frozenset(("process_cpu_seconds_total",))
+_PER_PROCESS = ("process_cpu_seconds_total", "log_lines_dropped_total")  # begin at 0 in each new process
+_FIRST_BUCKET = str(BUCKETS[0])
+
+
+class Metrics:
+    """Numbers of all worker processes, in memory made before the fork: a row each, so that nobody waits for another.
+
+    Counters outlive the worker that counted: one that takes a dead one's place goes on with its row. Times are whole
+    microseconds.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._cells = memoryview(mmap.mmap(-1, rows * len(COLUMNS) * 8)).cast("Q")
+        self._lock = threading.Lock()
+        self._started = time.time()
+        self._bases: dict[str, int] = {}
+        self.use_row(0)
+
+    def use_row(self, row: int) -> None:
+        """Count in this row from now on, on top of what is there."""
+        width = len(COLUMNS)
+        self.row = row
+        self._own = self._cells[row * width : (row + 1) * width]
+        self._bases = {name: self._own[COLUMNS[name,]] for name in _PER_PROCESS}
+
+    def add(self, *key: str) -> None:
+        """Count one."""
+        with self._lock:
+            self._own[COLUMNS[key]] += 1
+
+    def put(self, value: int, *key: str) -> None:
+        """Set a gauge."""
+        self._own[COLUMNS[key]] = value
+
+    def put_total(self, value: int, name: str) -> None:
+        """Set a counter of this process's own, which began at 0 when the process did."""
+        self._own[COLUMNS[name,]] = self._bases[name] + value
+
+    def observe(self, seconds: float, *key: str) -> None:
+        """Put a duration into a histogram."""
+        with self._lock:
+            self._observe(seconds, COLUMNS[(*key, _FIRST_BUCKET)])
+
+    def _observe(self, seconds: float, first: int) -> None:
+        self._own[first + bisect.bisect_left(BUCKETS, seconds)] += 1
+        self._own[first + len(BUCKETS) + 1] += int(seconds * 1e6)
+
+    def operation(self, done: Operation) -> None:
+        """Count a finished Couchbase operation."""
+        with self._lock:
+            self._own[COLUMNS["couchbase_operations_total", done.name, done.outcome]] += 1
+            self._observe(done.seconds, COLUMNS["couchbase_operation_duration_seconds", done.name, _FIRST_BUCKET])
+
+    def answers(self, handlers: Iterable[ProfileHandler]) -> None:
+        """Count the answers of a whole batch under one lock."""
+        with self._lock:
+            for handler in handlers:
+                where = _ANSWER_COLUMNS.get((handler.route, handler.command, handler.status))
+                if where is None:  # a method or route that is not in the closed sets
+                    route = handler.route if handler.route in ROUTES else "other"
+                    command = handler.command if handler.command in METHODS else "other"
+                    where = _ANSWER_COLUMNS[route, command, handler.status]
+                self._own[where[0]] += 1
+                self._observe(handler.seconds, where[1])
+                self._observe(handler.queue_seconds, _QUEUE_COLUMN)
+
+    def clear_gauges(self, row: int) -> None:
+        """Forget what a worker that has died last said of itself; its counters stay."""
+        for column in _GAUGE_COLUMNS:
+            self._cells[row * len(COLUMNS) + column] = 0
+
+    def column(self, *key: str) -> list[int]:
+        """Return one number of every row."""
+        return self._cells[COLUMNS[key] :: len(COLUMNS)].tolist()
+
+    def render(self) -> bytes:
+        """Return all in Prometheus' text format, version 0.0.4."""
+        lines = []
+        for family in FAMILIES:
+            lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
+            combine = max if family.gauge_of == "max" else sum
+            for values in itertools.product(*(values for _, values in family.labels)):
+                key = (family.name, *map(str, values))
+                labels = [f'{label}="{value}"' for (label, _), value in zip(family.labels, values, strict=True)]
+                if family.kind == "histogram":
+                    lines += self._histogram(key, labels)
+                    continue
+                number: float = combine(self.column(*key))
+                if number or family.name != "http_requests_total":  # the one with too many to name those at zero
+                    number = number / 1e6 if family.name in _IN_MICROSECONDS else number
+                    lines.append(f"{family.name}{_braces(labels)} {number}")
+        lines += ["# HELP process_start_time_seconds Start of the service.", "# TYPE process_start_time_seconds gauge"]
+        lines.append(f"process_start_time_seconds {self._started:.3f}")
+        lines += ["# HELP process_max_fds Limit of open file descriptors a process.", "# TYPE process_max_fds gauge"]
+        lines.append(f"process_max_fds {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}")
+        lines += ["# HELP build_info The service's version.", "# TYPE build_info gauge"]
+        lines.append(f'build_info{{version="{__version__}"}} 1')
+        return "\n".join([*lines, ""]).encode()
+
+    def _histogram(self, key: tuple[str, ...], labels: list[str]) -> list[str]:
+        lines, count = [], 0
+        for bound in (*map(str, BUCKETS), "+Inf"):
+            count += sum(self.column(*key, bound))
+            lines.append(f"{key[0]}_bucket{_braces([*labels, f'le={chr(34)}{bound}{chr(34)}'])} {count}")
+        if not count and labels:
+            return []
+        total = sum(self.column(*key, "sum")) / 1e6
+        return [*lines, f"{key[0]}_sum{_braces(labels)} {total}", f"{key[0]}_count{_braces(labels)} {count}"]
+
+
+def _braces(labels: list[str]) -> str:
+    return f"{{{','.join(labels)}}}" if labels else ""
+
+
+# Where the numbers of an answer are, by what a handler knows of it: looked up once a request.
+_ANSWER_COLUMNS = {
+    (route, method, status): (
+        COLUMNS["http_requests_total", route, method, str(status)],
+        COLUMNS["http_request_duration_seconds", route, _FIRST_BUCKET],
+    )
+    for route in ROUTES
+    for method in METHODS
+    for status in STATUSES
+}
+_QUEUE_COLUMN = COLUMNS["http_queue_seconds", _FIRST_BUCKET]
+
+
+def process_usage() -> tuple[int, int, int]:
+    """Return this process's CPU time (µs), resident memory (bytes) and open descriptors; 0 for what is not known."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = int((used.ru_utime + used.ru_stime) * 1e6)
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            resident = int(file.read().split()[1]) * resource.getpagesize()
+        return cpu, resident, len(os.listdir("/proc/self/fd"))
+    except OSError:  # not Linux: the peak is the nearest that there is
+        return cpu, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024), 0
+
+
+# ── Traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Operation(NamedTuple):
+    """A finished Couchbase operation, as metrics, log and traces tell it."""
+
+    name: str  # one of OPERATIONS
+    target: str  # the collection, or the statement without its parameters
+    started: float  # monotonic seconds
+    seconds: float
+    outcome: str  # one of OUTCOMES
+    size: int = 1  # keys
+
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+
+
+def trace_id(traceparent: str | None) -> str:
+    """Return the trace id of a W3C traceparent, or nothing if it is none."""
+    found = _TRACEPARENT.fullmatch(traceparent) if traceparent else None
+    return found[1] if found and not (traceparent or "").startswith("ff") else ""
+
+
+def start_tracing(environ: Mapping[str, str]) -> Any:
+    """Configure OpenTelemetry by its own OTEL_… variables; return a tracer, or None where nothing is traced.
+
+    Only the API is ever imported by name. An SDK that is installed announces its configurator as an entry point
+    (`opentelemetry_configurator`), the way that the `opentelemetry-instrument` command starts it too.
+    """
+    wanted = any(environ.get(name) for name in ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT")) or environ.get(
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+    )
+    if not wanted or environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    try:
+        from opentelemetry import trace  # noqa: PLC0415  # optional, and slow to import
+    except ImportError:
+        return None
+    for entry in importlib.metadata.entry_points(group="opentelemetry_configurator"):
+        entry.load()().configure(auto_instrumentation_version=None)
+        break
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        return None  # the API alone: there is nobody to trace for
+    return trace.get_tracer("micro_svc_demo", __version__)
+
+
+def record_spans(tracer: Any, handler: ProfileHandler, namespace: str) -> None:
+    """Record an answered request as a server span, and its Couchbase operation as a child.
+
+    Names and attributes are those of OpenTelemetry's semantic conventions for HTTP and databases. Paths, keys and
+    parameters are left out: nicknames and usernames are personal data.
+    """
+    from opentelemetry import propagate, trace  # noqa: PLC0415  # there, as there is a tracer
+    from opentelemetry.trace import SpanKind, Status, StatusCode  # noqa: PLC0415
+
+    offset = time.time() - time.monotonic()
+
+    def nanoseconds(moment: float) -> int:
+        return int((moment + offset) * 1e9)
+
+    route = handler.route or "other"
+    span = tracer.start_span(
+        f"{handler.command or 'HTTP'} {route}",
+        context=propagate.extract(handler.headers),
+        kind=SpanKind.SERVER,
+        start_time=nanoseconds(handler.started),
+        attributes={
+            "http.request.method": handler.command or "_OTHER",
+            "http.route": route,
+            "http.response.status_code": handler.status,
+            "url.scheme": "http",
+            "network.protocol.version": handler.request_version.removeprefix("HTTP/"),
+            "client.address": handler.client,
+        },
+    )
+    if handler.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        span.set_status(Status(StatusCode.ERROR))
+        span.set_attribute("error.type", str(handler.status))
+    if done := handler.operation:
+        attributes = {"db.system.name": "couchbase", "db.operation.name": done.name, "db.namespace": namespace}
+        attributes["db.query.text" if done.name == "query" else "db.collection.name"] = done.target
+        if done.size > 1:
+            attributes["db.operation.batch.size"] = str(done.size)
+        child = tracer.start_span(
+            done.name if done.name == "query" else f"{done.name} {done.target}",
+            context=trace.set_span_in_context(span),
+            kind=SpanKind.CLIENT,
+            start_time=nanoseconds(done.started),
+            attributes=attributes,
+        )
+        if done.outcome not in {"ok", "not_found"}:
+            child.set_status(Status(StatusCode.ERROR))
+            child.set_attribute("error.type", done.outcome)
+        child.end(nanoseconds(done.started + done.seconds))
+    span.end(nanoseconds(handler.started + handler.seconds))
+
+
 # ── Circuit breaker ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -804,6 +1173,7 @@ class Breaker:
         self._failures = 0  # in a row
         self._pause_seconds = self.first_seconds
         self._probe_at = 0.0
+        self._since = 0.0  # when the state changed last
 
     def allow(self, now: float) -> bool:
         """Tell whether a call may be made at `now` (monotonic seconds); if so, its outcome must be told."""
@@ -815,15 +1185,18 @@ class Breaker:
             if now < self._probe_at:
                 return False
             self._probe_at = now + self.lost_seconds
+            self._since = now
             self.state = self.HALF_OPEN
         self._changed(self.HALF_OPEN)
         return True
 
-    def succeeded(self) -> None:
-        """Take note that a call was answered."""
+    def succeeded(self, started: float) -> None:
+        """Take note that a call made at `started` was answered."""
         if not self._failures:
             return
         with self._lock:
+            if started < self._since:
+                return
             self._failures = 0
             self._pause_seconds = self.first_seconds
             changed = self.state != self.CLOSED
@@ -831,11 +1204,16 @@ class Breaker:
         if changed:
             self._changed(self.CLOSED)
 
-    def failed(self, now: float) -> None:
-        """Take note that a call failed for a reason that speaks of the service."""
+    def failed(self, started: float, now: float) -> None:
+        """Take note that a call made at `started` failed for a reason that speaks of the service.
+
+        Calls that were under way when the state changed last do not count: they say nothing new.
+        """
         with self._lock:
+            if started < self._since or self.state == self.OPEN:
+                return
             self._failures += 1
-            if self.state == self.OPEN or (self.state == self.CLOSED and self._failures < self.threshold):
+            if self.state == self.CLOSED and self._failures < self.threshold:
                 return
             if self.state == self.HALF_OPEN:
                 self._pause_seconds = min(self.most_seconds, self._pause_seconds * 2)
@@ -854,10 +1232,12 @@ class Breaker:
 
     def retry_after_seconds(self, now: float) -> int:
         """Return after how many whole seconds it may be worth asking again, at least 1."""
-        return max(1, min(math.ceil(self._probe_at - now), math.ceil(self.most_seconds)))
+        wait = self._probe_at - now if self.state == self.OPEN else self._pause_seconds
+        return max(1, math.ceil(wait))
 
     def _open(self, now: float) -> None:
         self.state = self.OPEN
+        self._since = now
         self._probe_at = now + self._pause_seconds * self._jitter(0.8, 1.0)
 
 
@@ -913,6 +1293,10 @@ MISSING_INDEX = (
     f"CREATE INDEX by_user_id IF NOT EXISTS ON `{USERS}`(user_id)"
 )
 _OUT_OF_REACH, _SCHEMA = "Couchbase is out of reach", "the database's schema is incomplete"
+_NO_SCHEMA = Failure(
+    (cb.ScopeNotFoundException, cb.CollectionNotFoundException, cb.KeyspaceNotFoundException), 500, _SCHEMA, PROVISION
+)
+_NO_INDEX = Failure((cb.QueryIndexNotFoundException,), 500, _SCHEMA, MISSING_INDEX)
 
 # In this order: the first row that fits counts.
 FAILURES = (
@@ -954,21 +1338,30 @@ FAILURES = (
         f"the bucket is gone: create it again, then {PROVISION}",
         outage=True,
     ),
-    Failure(
-        (cb.ScopeNotFoundException, cb.CollectionNotFoundException, cb.KeyspaceNotFoundException),
-        500,
-        _SCHEMA,
-        PROVISION,
-    ),
-    Failure((cb.QueryIndexNotFoundException,), 500, _SCHEMA, MISSING_INDEX),
+    _NO_SCHEMA,
+    _NO_INDEX,
     Failure((cb.ValueFormatException,), 500, "the document is not JSON", "store this document as JSON"),
 )
 UNEXPECTED = Failure((), 500, "unexpected failure", "not foreseen: see the error")
 
 
+# What the SDK has no class of its own for: by the query service's code, and by the reason of a retry.
+_FAILURES_BY_CODE = {4000: _NO_INDEX, 12003: _NO_SCHEMA, 12021: _NO_SCHEMA}
+_COLLECTION_UNKNOWN = "key_value_collection_outdated"
+
+
 def failure_of(error: BaseException) -> Failure:
     """Return the row of the failure map for an exception."""
+    context = error_context(error)
+    by_code = _FAILURES_BY_CODE.get(context.get("first_error_code") or 0)
+    if by_code or _COLLECTION_UNKNOWN in (context.get("retry_reasons") or ()):
+        return by_code or _NO_SCHEMA
     return next((row for row in FAILURES if isinstance(error, row.exceptions)), UNEXPECTED)
+
+
+def outcome_of(error: BaseException) -> str:
+    """Return what the metrics call a failure: one of OUTCOMES."""
+    return {404: "not_found", 504: "timeout", 503: "unavailable"}.get(failure_of(error).status, "error")
 
 
 class NodeMap(NamedTuple):
@@ -1120,9 +1513,11 @@ class ProfileStore:
     probe_timeout = timedelta(milliseconds=250)
     trouble_seconds = 5.0  # without a key-value failure, until documents are fetched in batches again
 
-    def __init__(self, settings: Settings, log: Log) -> None:
+    def __init__(self, settings: Settings, log: Log, metrics: Metrics) -> None:
         self._settings = settings
         self._log = log
+        self._metrics = metrics
+        self._thread = threading.local()
         self._cluster: Any = None
         self._scope: Any = None
         self._collections: dict[str, Any] = {}
@@ -1136,6 +1531,7 @@ class ProfileStore:
         self._last_failure = 0.0
         self._token_read_at = 0.0
         self._unanswered = ""  # why the last background check was not answered
+        self._answering_nodes = 0  # how many did when it was not: the token's node may be the only one that is down
         self.suspicion = threading.Event()  # set to have the next check at once
 
     def _breaker(self, service: str) -> Breaker:
@@ -1152,6 +1548,9 @@ class ProfileStore:
         """Whether a key-value operation has failed lately: then no document may wait for another's failure."""
         if self._troubled and time.monotonic() > self._last_failure + self.trouble_seconds:
             self._troubled = any(breaker.state != Breaker.CLOSED for breaker in self._node_breakers)
+            if not self._troubled:
+                for breaker in self._node_breakers:  # batches do not tell of each success
+                    breaker.succeeded(self._last_failure + self.trouble_seconds)
         return self._troubled
 
     def suspect(self) -> None:
@@ -1172,8 +1571,7 @@ class ProfileStore:
         reasons = []
         if self.breaker_states()["key-value"] == Breaker.OPEN:
             reasons.append("Couchbase: the breaker of key-value is open")
-        one_node = len(self._node_breakers) == 1  # of several, the token's node may be the one that is down
-        if self._unanswered and (one_node or reasons):
+        if self._unanswered and not self._answering_nodes:
             reasons.append("Couchbase: the background check is not answered")
         periods = 3 * self.tokens.period_seconds
         if not self._unanswered and time.monotonic() > self._token_read_at + periods:
@@ -1260,13 +1658,20 @@ class ProfileStore:
             CouchbaseException: anything that may pass.
         """
         options = LookupInOptions(timeout=timeout or timedelta(seconds=self.timeout_seconds))
+        started = time.monotonic()
         try:
             found = self._collections[AUTH].lookup_in(TOKEN_KEY, [path_get(TOKEN_PATH)], options)
             token = json.loads(found.content_as[bytes](0))
+            self._done("lookup_in", AUTH, started, "ok")
         except cb.DocumentNotFoundException as error:
+            self._done("lookup_in", AUTH, started, "not_found")
             raise FatalError(f"the token document {TOKEN_KEY!r} does not exist in {AUTH!r}: {PROVISION}") from error
         except (cb.PathNotFoundException, cb.PathMismatchException, cb.DocumentNotJsonException) as error:
+            self._done("lookup_in", AUTH, started, "not_found")
             raise FatalError(f"the token document {TOKEN_KEY!r} has no field {TOKEN_PATH!r}: {PROVISION}") from error
+        except Exception as error:
+            self._done("lookup_in", AUTH, started, outcome_of(error))
+            raise
         if not isinstance(token, str) or not re.fullmatch(r"[!-~]{1,4096}", token):
             raise FatalError(
                 f"the token in {TOKEN_KEY!r} is not text of 1 to 4096 visible ASCII characters: {PROVISION}"
@@ -1293,7 +1698,7 @@ class ProfileStore:
 
     def check(self) -> None:
         """Look whether Couchbase is well and the token still the same: the background check."""
-        breaker = self._node_breaker(TOKEN_KEY)
+        breaker, started = self._node_breaker(TOKEN_KEY), time.monotonic()
         try:
             self.read_token(self.check_timeout)
         except FatalError as error:  # it answers, but there is no token to be had: the last one stays
@@ -1303,12 +1708,11 @@ class ProfileStore:
             if not self._unanswered:
                 self._log.event("warning", "the background check is not answered", error=describe(error))
             self._unanswered = describe(error)
-            self._failed(breaker)
+            self._failed(breaker, started)
             if isinstance(error, cb.AuthenticationException):
                 self._renew_password()
         else:
             self._unanswered = ""
-            breaker.succeeded()
         if self.troubled:
             self._look_at_nodes()
 
@@ -1324,21 +1728,33 @@ class ProfileStore:
             self._log.event("info", "password read again from its file")
 
     def _look_at_nodes(self) -> None:
-        """Find out which nodes are down, and open or close their breakers before requests have to find out."""
+        """Find out which nodes are down, and open or close their breakers before requests have to find out.
+
+        Each is asked for a document that does not exist, in the way that requests ask.
+        """
         self._read_node_map()
+        node_map, users = self._node_map, self._collections[USERS]
         endpoints = self._cluster.diagnostics().endpoints.get(ServiceType.KeyValue, [])
         lost = any(endpoint.state != EndpointState.Connected for endpoint in endpoints)
+        answering = 0
         for node, breaker in enumerate(self._node_breakers):
-            if self._node_map is None or (breaker.state == Breaker.CLOSED and not lost):
+            now = time.monotonic()
+            if breaker.state == Breaker.CLOSED and not lost and not self._unanswered:
                 continue
-            numbers = itertools.count()
-            key = next(key for number in numbers if self._node_map.node(key := f"probe:{number}") == node)
+            if not breaker.allow(now):
+                continue
+            keys = (f"probe:{number}" for number in itertools.count())
+            key = next(key for key in keys if node_map is None or node_map.node(key) == node)
             try:
-                self._collections[AUTH].exists(key, ExistsOptions(timeout=self.probe_timeout))
-                breaker.succeeded()
+                users.get(key, GetOptions(timeout=self.probe_timeout))
+            except cb.DocumentNotFoundException:
+                breaker.succeeded(now)
+                answering += 1
             except Exception:
+                breaker.failed(now, time.monotonic())
                 if lost:
                     breaker.trip(time.monotonic())
+        self._answering_nodes = answering
 
     def _read_node_map(self) -> None:
         """Ask the cluster which node holds which keys.
@@ -1368,9 +1784,20 @@ class ProfileStore:
             return breakers[0]
         return breakers[node_map.node(key) % len(breakers)]
 
-    def _failed(self, breaker: Breaker) -> None:
+    def _done(self, name: str, target: str, started: float, outcome: str, size: int = 1) -> None:
+        """Count an operation that has just finished."""
+        done = Operation(name, target, started, time.monotonic() - started, outcome, size)
+        self._thread.done = done
+        self._metrics.operation(done)
+
+    def last_operation(self) -> Operation | None:
+        """Return the operation that the calling thread has finished last, once."""
+        done, self._thread.done = getattr(self._thread, "done", None), None
+        return done
+
+    def _failed(self, breaker: Breaker, started: float) -> None:
         self.suspect()
-        breaker.failed(self._last_failure)
+        breaker.failed(started, self._last_failure)
 
     def get(self, collection: str, key: str, timeout_seconds: float | None = None) -> Document:
         """Get one document.
@@ -1395,8 +1822,10 @@ class ProfileStore:
                 result = self._collections[collection].get(key, options)
             document = Document(result.value, result.cas)
         except Exception as error:
-            raise self._document_problem(error, breaker) from error
-        breaker.succeeded()
+            self._done("get", collection, now, outcome_of(error))
+            raise self._document_problem(error, breaker, now) from error
+        self._done("get", collection, now, "ok")
+        breaker.succeeded(now)
         return document
 
     def _get_replica(self, collection: str, key: str, breaker: Breaker, now: float) -> Document:
@@ -1406,34 +1835,41 @@ class ProfileStore:
         try:
             options = GetAnyReplicaOptions(timeout=self.probe_timeout)
             result = self._collections[collection].get_any_replica(key, options)
-            return Document(result.value, result.cas, replica=bool(result.is_replica))
+            document = Document(result.value, result.cas, replica=bool(result.is_replica))
         except Exception as error:  # also a document that does not exist: the node that would know is down
+            self._done("get_any_replica", collection, now, outcome_of(error))
             raise unavailable(_OUT_OF_REACH, seconds=breaker.retry_after_seconds(now)) from error
+        self._done("get_any_replica", collection, now, "ok")
+        return document
 
     def get_many(self, collection: str, keys: list[str]) -> dict[str, Document | ProblemError]:
         """Get several documents at once: one hand-over between the threads of Python and the SDK for all of them."""
         found: dict[str, Document | ProblemError] = {}
+        started, outcome = time.monotonic(), "ok"
         try:
             answer = self._collections[collection].get_multi(keys, return_exceptions=True)
         except Exception as error:
-            return dict.fromkeys(keys, self._document_problem(error, self._node_breaker(keys[0])))
+            self._done("get_multi", collection, started, outcome_of(error), len(keys))
+            return dict.fromkeys(keys, self._document_problem(error, self._node_breaker(keys[0]), started))
         for key, result in answer.results.items():
             try:
                 found[key] = Document(result.value, result.cas)
             except Exception as error:
-                found[key] = self._document_problem(error, self._node_breaker(key))
+                found[key] = self._document_problem(error, self._node_breaker(key), started)
             else:
                 if self._troubled:
-                    self._node_breaker(key).succeeded()
+                    self._node_breaker(key).succeeded(started)
         for key, failure in answer.exceptions.items():
-            found[key] = self._document_problem(failure, self._node_breaker(key))
+            found[key] = self._document_problem(failure, self._node_breaker(key), started)
+            outcome = outcome if failure_of(failure).status == HTTPStatus.NOT_FOUND else outcome_of(failure)
+        self._done("get_multi", collection, started, outcome, len(keys))
         return found
 
-    def _document_problem(self, error: Exception, breaker: Breaker) -> ProblemError:
+    def _document_problem(self, error: Exception, breaker: Breaker, started: float) -> ProblemError:
         if failure_of(error).outage:
-            self._failed(breaker)
+            self._failed(breaker, started)
         else:
-            breaker.succeeded()
+            breaker.succeeded(started)
         return self.problem(error, "get")
 
     def query(self, statement: str, parameters: dict[str, object], timeout_seconds: float | None = None) -> list[bytes]:
@@ -1462,12 +1898,14 @@ class ProfileStore:
         try:
             rows = list(self._scope.query(statement, options))
         except Exception as error:
+            self._done("query", statement, now, outcome_of(error))
             if failure_of(error).outage:
-                breaker.failed(time.monotonic())
+                breaker.failed(now, time.monotonic())
             else:
-                breaker.succeeded()
+                breaker.succeeded(now)
             raise self.problem(error, "query") from error
-        breaker.succeeded()
+        self._done("query", statement, now, "ok")
+        breaker.succeeded(now)
         return rows
 
     def problem(self, error: Exception, operation: str) -> ProblemError:
@@ -1497,6 +1935,8 @@ class Batch:
         self._store = store
         self._wanted: dict[str, dict[str, None]] = {}  # a set in the order of asking: get_multi takes each key once
         self._found: dict[tuple[str, str], Document | ProblemError] = {}
+        self._operations: dict[str, Operation | None] = {}
+        self.operation: Operation | None = None  # the one that brought what was asked for last
 
     def get(self, collection: str, key: str) -> Document:
         """Return the document if `fetch` has brought it, else note that it is wanted.
@@ -1509,6 +1949,7 @@ class Batch:
         if found is None:
             self._wanted.setdefault(collection, {})[key] = None
             raise DocumentPending
+        self.operation = self._operations.get(collection)
         if isinstance(found, ProblemError):
             raise found
         return found
@@ -1522,19 +1963,20 @@ class Batch:
         raise QueryPending
 
     def fetch(self) -> None:
-        """Get all that is wanted, with one operation a collection."""
-        for collection, wanted in self._wanted.items():
-            keys = list(wanted)
-            if len(keys) == 1:  # a plain get costs a lone request less than get_multi
-                try:
-                    self._found[collection, keys[0]] = self._store.get(collection, keys[0])
-                except ProblemError as problem:
-                    self._found[collection, keys[0]] = problem
-            else:
-                many = self._store.get_many(collection, keys)
-                for key in keys:
-                    self._found[collection, key] = many.get(key) or ProblemError(500, "unexpected failure")
+        """Get what is wanted of one collection, in one operation; another collection's is asked for again."""
+        collection, wanted = next(iter(self._wanted.items()))
         self._wanted = {}
+        keys = list(wanted)
+        if len(keys) == 1:  # a plain get costs a lone request less than get_multi
+            try:
+                self._found[collection, keys[0]] = self._store.get(collection, keys[0])
+            except ProblemError as problem:
+                self._found[collection, keys[0]] = problem
+        else:
+            many = self._store.get_many(collection, keys)
+            for key in keys:
+                self._found[collection, key] = many.get(key) or ProblemError(500, "unexpected failure")
+        self._operations[collection] = self._store.last_operation()
 
 
 class Alone(Batch):
@@ -1551,7 +1993,10 @@ class Alone(Batch):
             ProblemError: it could not be got.
         """
         waited = time.monotonic() - self._started
-        return self._store.get(collection, key, max(0.01, self._store.timeout_seconds - waited))
+        try:
+            return self._store.get(collection, key, max(0.01, self._store.timeout_seconds - waited))
+        finally:
+            self.operation = self._store.last_operation()
 
 
 class ForQuery(Alone):
@@ -1564,7 +2009,10 @@ class ForQuery(Alone):
             ProblemError: it failed.
         """
         waited = time.monotonic() - self._started
-        return self._store.query(statement, parameters, max(0.01, self._store.query_timeout_seconds - waited))
+        try:
+            return self._store.query(statement, parameters, max(0.01, self._store.query_timeout_seconds - waited))
+        finally:
+            self.operation = self._store.last_operation()
 
 
 # ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
@@ -1573,6 +2021,8 @@ JSON_TYPE, PROBLEM_TYPE = "application/json", "application/problem+json"
 CHALLENGE = "WWW-Authenticate: Bearer"
 ALLOW = "Allow: GET, HEAD"
 CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox"  # a picture opened as a page may run nothing
+QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))  # logged at debug: probes and scrapes come by the second
+_REJECTED = {400: "malformed", 417: "malformed", 413: "too_large", 414: "too_large", 431: "too_large", 408: "too_slow"}
 _REPLICA = ((), ("X-Couchbase-Replica: true",))
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PICTURE_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,31}")
@@ -1603,7 +2053,12 @@ class ProfileHandler(BaseHTTPRequestHandler):
         self.request = request
         self._internal = internal
         self.started = time.monotonic()
-        self.command = self.path = self.query = self.route = self.log_line = ""
+        self.seconds = self.queue_seconds = 0.0
+        self.client = client_address[0]
+        self.trace_id = ""
+        self.operation: Operation | None = None
+        self.request_version = "HTTP/1.1"
+        self.command = self.path = self.query = self.route = self.log_line = self.request_id = ""
         self.headers = {}
         self.status = 0
         self._parsed = False
@@ -1619,24 +2074,29 @@ class ProfileHandler(BaseHTTPRequestHandler):
             DocumentPending, QueryPending: run again, with a store that has it.
         """
         self.store = store
+        store.operation = None
         try:
             if not self._parsed:
+                self.queue_seconds = time.monotonic() - self.started
                 self.parse_request()
-                if time.monotonic() - self.started > self.server.queue_seconds:
-                    raise unavailable("overloaded: the request waited too long for a worker")
+                if self.queue_seconds > self.server.queue_seconds:
+                    raise unavailable("overloaded: the request waited too long for a worker", rejected="overloaded")
             if self.server.draining and last:
                 self.close_connection = True
             method = getattr(self, f"do_{self.command}", None)
             if method is None:
                 raise ProblemError(405, f"{self.command} is not supported", ALLOW)
             method()
+            self.operation = store.operation
         except (DocumentPending, QueryPending):
             raise
         except ProblemError as problem:
+            self.operation = store.operation
             self.send_problem(problem)
         except Exception as error:
             self.server.log.event("error", "unexpected failure", route=self.route, error=describe(error))
             self.send_problem(ProblemError(500, "unexpected failure"))
+        self.log_request(self.status, len(self.response))
         return self.response
 
     def refuse(self, problem: ProblemError, route: str) -> bytes:
@@ -1645,6 +2105,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.parse_request()
         self.route = route
         self.send_problem(problem)
+        self.log_request(self.status, len(self.response))
         return self.response
 
     def parse_request(self) -> bool:
@@ -1654,7 +2115,6 @@ class ProfileHandler(BaseHTTPRequestHandler):
             ProblemError: the request is malformed; the connection closes.
         """
         self._parsed = True
-        self.request_id = ""
         try:
             if isinstance(self.request, ProblemError):
                 raise self.request
@@ -1698,7 +2158,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         elif path == "/readyz":
             self.send_readiness()
         elif path == "/metrics" and self._internal:
-            self.send_local(self.server.metrics(), "text/plain; version=0.0.4; charset=utf-8")
+            self.send_local(self.server.scrape(), "text/plain; version=0.0.4; charset=utf-8")
         else:
             raise ProblemError(404, "no such route")
 
@@ -1720,7 +2180,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         """
         tokens = self.server.store.tokens
         if not tokens.known:
-            raise unavailable("not ready yet")
+            raise unavailable("not ready yet", rejected="not_ready")
         given = self.headers.get("authorization")
         if given is None:
             token = self.headers.get("x-access-token")
@@ -1728,6 +2188,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             scheme, _, credentials = given.partition(" ")
             token = credentials.strip(" ") if scheme.lower() == "bearer" else None
         if token is None or not tokens.accepts(token, time.monotonic()):
+            self.server.metrics.add("auth_failures_total")
             raise ProblemError(401, "a valid bearer token is required", CHALLENGE)
 
     def get_document(self, collection: str, parameter: str) -> Document:
@@ -1807,6 +2268,9 @@ class ProfileHandler(BaseHTTPRequestHandler):
 
     def send_problem(self, problem: ProblemError) -> None:
         """Answer with a problem document."""
+        rejected = problem.rejected or ("" if self.path else _REJECTED.get(problem.status, ""))
+        if rejected:
+            self.server.metrics.add("http_rejected_total", rejected)
         self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, *problem.headers)
 
     def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, *headers: str) -> None:
@@ -1843,21 +2307,38 @@ class ProfileHandler(BaseHTTPRequestHandler):
             head,
             b"" if bodiless else body,
         )
-        self.log_request(status, len(self.response))
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Keep the access log's line for this answer; the worker writes the lines of its whole batch at once."""
-        log = self.server.log
-        if log.access and not self.route.startswith(("/healthz", "/readyz", "/metrics")):
-            # every value is from a closed set or has been checked for its characters: nothing needs escaping
-            self.log_line = (
-                f'{{"time": "{CLOCK.rfc3339()}", "level": "info", "message": "request", "worker": {log.worker}, '
-                f'"request_id": "{self.request_id}", "method": "{self.command or "-"}", '
-                f'"route": "{self.route or "-"}", '
-                f'"status": {code}, "bytes": {size}, '
-                f'"duration_ms": {(time.monotonic() - self.started) * 1000:.3f}, '
-                f'"client": "{self.client_address[0]}"}}\n'
-            )
+        server, log = self.server, self.server.log
+        self.seconds = time.monotonic() - self.started
+        if server.settings.trusted_proxies:
+            self.client = client_behind(server.settings.trusted_proxies, self.client, self.headers)
+        if server.tracer:
+            record_spans(server.tracer, self, server.namespace)
+        if not log.access or (self.route in QUIET_ROUTES and not log.debug):
+            return
+        more = f', "couchbase_ms": {self.operation.seconds * 1000:.3f}' if self.operation else ""
+        if traced := trace_id(self.headers.get("traceparent")):
+            more = f'{more}, "trace_id": "{traced}"'
+        # every value is from a closed set or has been checked for its characters: nothing needs escaping
+        self.log_line = (
+            f'{{"time": "{CLOCK.rfc3339()}", "level": "info", "message": "request", "worker": {log.worker}, '
+            f'"request_id": "{self.request_id}", "method": "{self.command or "-"}", "route": "{self.route or "-"}", '
+            f'"status": {code}, "bytes": {size}, "duration_ms": {self.seconds * 1000:.3f}, '
+            f'"client": "{self.client}"{more}}}\n'
+        )
+
+
+def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, str]) -> str:
+    """Return the client's address: the last one that a trusted proxy has put into X-Forwarded-For, else the peer's."""
+    last = headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
+    try:
+        if last and any(ipaddress.ip_address(peer) in network for network in trusted):
+            return str(ipaddress.ip_address(last))
+    except ValueError:
+        pass
+    return peer
 
 
 def _names_tag(given: str | None, tag: str) -> bool:
@@ -1868,30 +2349,6 @@ def _names_tag(given: str | None, tag: str) -> bool:
 
 
 # ── The server: event loop and workers ────────────────────────────────────────────────────────────────────────────────
-
-
-class Board:
-    """What the worker processes know of one another: a row of numbers each, in memory made before the fork."""
-
-    READY, CONNECTIONS = range(2)
-    _COLUMNS = 2
-
-    def __init__(self, rows: int) -> None:
-        self._cells = memoryview(mmap.mmap(-1, rows * self._COLUMNS * 8)).cast("Q")
-        self.row = 0
-
-    def put(self, column: int, value: int) -> None:
-        """Write a number of one's own row."""
-        self._cells[self.row * self._COLUMNS + column] = value
-
-    def clear(self, row: int) -> None:
-        """Forget a worker that has died."""
-        for column in range(self._COLUMNS):
-            self._cells[row * self._COLUMNS + column] = 0
-
-    def column(self, column: int) -> list[int]:
-        """Return one number of every row."""
-        return self._cells[column :: self._COLUMNS].tolist()
 
 
 class Connection(Framer):
@@ -1997,7 +2454,7 @@ class ProfileServer(ThreadingHTTPServer):
     accept_pause_seconds = 0.2  # without free descriptors
     drain_idle_seconds = 1.0  # how long a drain waits for the next request of an idle connection
 
-    def __init__(self, settings: Settings, store: ProfileStore, log: Log) -> None:
+    def __init__(self, settings: Settings, store: ProfileStore, log: Log, metrics: Metrics) -> None:
         """Bind both ports; nothing is served before `serve_forever`.
 
         Raises:
@@ -2006,6 +2463,9 @@ class ProfileServer(ThreadingHTTPServer):
         self.settings = settings
         self.store = store
         self.log = log
+        self.metrics = metrics
+        self.tracer: Any = None
+        self.namespace = f"{settings.couchbase_bucket}.{settings.couchbase_scope}"
         self.draining = False
         self.queue_seconds = settings.couchbase_timeout_ms / 1000  # a caller that waited as long has given up
         self._request_numbers = itertools.count(1)
@@ -2030,7 +2490,6 @@ class ProfileServer(ThreadingHTTPServer):
         self.supervisor: int | None = None  # the parent's process id, if this is one worker of several
         self._accept_at = 0.0  # monotonic seconds; infinite while the listeners are watched
         self._stepped_back = False
-        self.board = Board(settings.workers)
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self.metrics_socket: socket.socket | None = None
         super().__init__(("", settings.port), ProfileHandler)  # type: ignore[arg-type]  # made by _enqueue
@@ -2083,31 +2542,33 @@ class ProfileServer(ThreadingHTTPServer):
         """
         if self.draining:
             return ["draining"]
-        if any(self.board.column(Board.READY)):
+        if any(self.metrics.column("couchbase_ready")):
             return []
         return self.store.unready_reasons() or ["not ready yet"]
 
     def tell_ready(self) -> None:
         """Tell all worker processes, and once a change the log, whether this one can serve profiles."""
         reasons = ["draining"] if self.draining else self.store.unready_reasons()
-        self.board.put(Board.READY, not reasons)
+        self.metrics.put(not reasons, "couchbase_ready")
+        for service, state in self.store.breaker_states().items():
+            self.metrics.put(Breaker.STATES.index(state), "couchbase_breaker_state", service)
         if self._was_ready == bool(reasons):
             self._was_ready = not reasons
             self.log.event("warning" if reasons else "info", "not ready" if reasons else "ready", reasons=reasons)
 
-    def metrics(self) -> bytes:
-        """Return the process's metrics in Prometheus' text format."""
-        return (
-            "# HELP couchbase_ready Whether Couchbase answers.\n"
-            "# TYPE couchbase_ready gauge\n"
-            f"couchbase_ready {int(any(self.board.column(Board.READY)))}\n"
-            "# HELP http_connections Open client connections.\n"
-            "# TYPE http_connections gauge\n"
-            f"http_connections {sum(self.board.column(Board.CONNECTIONS))}\n"
-            "# HELP build_info The service's version.\n"
-            "# TYPE build_info gauge\n"
-            f'build_info{{version="{__version__}"}} 1\n'
-        ).encode()
+    def publish(self) -> None:
+        """Put this process's gauges where the others can read them."""
+        cpu, resident, descriptors = process_usage()
+        self.metrics.put_total(cpu, "process_cpu_seconds_total")
+        self.metrics.put_total(self.log.dropped, "log_lines_dropped_total")
+        self.metrics.put(resident, "process_resident_memory_bytes")
+        self.metrics.put(descriptors, "process_open_fds")
+        self.metrics.put(sum(connection.busy for connection in list(self._connections)), "http_requests_in_flight")
+
+    def scrape(self) -> bytes:
+        """Return the metrics of the whole service; the other processes' gauges are a second old at most."""
+        self.publish()
+        return self.metrics.render()
 
     # the event loop
 
@@ -2175,6 +2636,7 @@ class ProfileServer(ThreadingHTTPServer):
         now = time.monotonic()
         if self.supervisor and os.getppid() != self.supervisor:  # killed: nobody would pass signals on any more
             self.shutdown()
+        self.publish()
         if self._stopping and not self.draining:
             self._begin_drain(now)
         for connection in list(self._connections):
@@ -2191,16 +2653,18 @@ class ProfileServer(ThreadingHTTPServer):
         Some errors of the query service (4040 to a prepared statement, say) leave the SDK's thread waiting for ever:
         the caller gets its 504, and another worker takes the lost one's place.
         """
+        self._minding_queries = False  # before looking: who comes after this sets it again
         for work in self._queries.expired(now):
-            self._refuse(work, unavailable("overloaded: no query worker is free"))
+            self._refuse(work, unavailable("overloaded: no query worker is free", rejected="overloaded"))
         latest = now - self.store.query_timeout_seconds - self.overdue_seconds
         for handler, work in list(self._running.items()):
             if handler.started < latest and self._take_from_running(handler):
                 self.log.event("error", "a query is overdue; its worker is given up", route=handler.route)
-                self.store.query_breaker.failed(now)
+                self.store.query_breaker.failed(handler.started, now)
                 self._start_worker(self._queries, self._answer_query)
                 self._refuse(work, ProblemError(504, "Couchbase did not answer in time"))
-        self._minding_queries = bool(self._running or len(self._queries))
+        if self._running or len(self._queries):
+            self._minding_queries = True
 
     def _take_from_running(self, handler: ProfileHandler) -> bool:
         """Make a running query one's own to answer; False if another has."""
@@ -2219,7 +2683,7 @@ class ProfileServer(ThreadingHTTPServer):
         """Answer in place of a worker."""
         handler = ProfileHandler(work.handler.request, work.connection.address, self, internal=work.connection.internal)
         self._reply(work._replace(handler=handler), handler.refuse(problem, work.handler.route))
-        self.log.lines([handler.log_line])
+        self._account([handler])
 
     def _expire(self, connection: Connection) -> None:
         """End a connection whose time is up: with an answer if half a request is there."""
@@ -2238,7 +2702,7 @@ class ProfileServer(ThreadingHTTPServer):
             pass
         self.socket.close()
         self.draining = True
-        self.board.put(Board.READY, False)
+        self.metrics.put(0, "couchbase_ready")
 
     def _is_drained(self) -> bool:
         return time.monotonic() >= self._drain_deadline or all(connection.internal for connection in self._connections)
@@ -2277,8 +2741,8 @@ class ProfileServer(ThreadingHTTPServer):
             self._watch(connection, selectors.EVENT_READ)
             if len(self._connections) > self.settings.max_connections and not internal:
                 connection.refuse()
-                self._submit(connection, [unavailable("too many connections")])
-        self.board.put(Board.CONNECTIONS, len(self._connections))
+                self._submit(connection, [unavailable("too many connections", rejected="overloaded")])
+        self.metrics.put(len(self._connections), "http_connections")
         return True
 
     def _step_back(self) -> float:
@@ -2287,12 +2751,12 @@ class ProfileServer(ThreadingHTTPServer):
         A process that is not ready leaves clients to those that are. One that has more clients than another gives it
         the chance to be faster, once: a process that hangs must not keep clients waiting.
         """
-        ready = self.board.column(Board.READY)
+        ready = self.metrics.column("couchbase_ready")
         if not any(ready):
             return 0.0
-        if not ready[self.board.row]:
+        if not ready[self.metrics.row]:
             return 0.05
-        counts = [count for count, good in zip(self.board.column(Board.CONNECTIONS), ready, strict=True) if good]
+        counts = [count for count, good in zip(self.metrics.column("http_connections"), ready, strict=True) if good]
         self._stepped_back = not self._stepped_back and len(self._connections) > min(counts)
         return 0.005 if self._stepped_back else 0.0
 
@@ -2397,8 +2861,13 @@ class ProfileServer(ThreadingHTTPServer):
     def _put_query(self, work: Work) -> None:
         """Queue a lookup; with no room it is refused at once."""
         if not self._queries.put(work):
-            self._refuse(work, unavailable("overloaded: too many queries wait"))
-        elif not self._minding_queries:
+            self._refuse(work, unavailable("overloaded: too many queries wait", rejected="overloaded"))
+        else:
+            self._mind()
+
+    def _mind(self) -> None:
+        """Have the loop look after the queries."""
+        if not self._minding_queries:
             self._minding_queries = True
             self._wake()
 
@@ -2465,7 +2934,7 @@ class ProfileServer(ThreadingHTTPServer):
     def _close(self, connection: Connection) -> None:
         if connection in self._connections:
             self._connections.discard(connection)
-            self.board.put(Board.CONNECTIONS, len(self._connections))
+            self.metrics.put(len(self._connections), "http_connections")
             self._watch(connection, 0)
             with connection.lock:  # a worker may be sending: its descriptor must not become another client's
                 connection.closing = True
@@ -2516,7 +2985,7 @@ class ProfileServer(ThreadingHTTPServer):
             self._documents.put(work)
         else:
             self._reply(work, response)
-            self.log.lines([work.handler.log_line])
+            self._account([work.handler])
 
     def _answer_documents(self, first: Work) -> None:
         """Take all that waits, let each say what it wants, get that at once, and answer."""
@@ -2538,7 +3007,7 @@ class ProfileServer(ThreadingHTTPServer):
                 break
             batch.fetch()
             pending = [work for work in pending if not self._answered(work, batch)]
-        self.log.lines([work.handler.log_line for work in works if work.handler.response])
+        self._account([work.handler for work in works if work.handler.response])
 
     def _answered(self, work: Work, batch: Batch) -> bool:
         """Answer with what the batch has; False if the request wants a document first."""
@@ -2555,18 +3024,24 @@ class ProfileServer(ThreadingHTTPServer):
     def _answer_alone(self, work: Work) -> None:
         """Get one document by itself, so that it waits for no other's failure."""
         if self._answered(work, Alone(self.store, work.handler.started)) and work.handler.response:
-            self.log.lines([work.handler.log_line])
+            self._account([work.handler])
 
     def _answer_query(self, work: Work) -> bool:
         """Run one SQL++ statement; False if it took so long that another worker has taken this one's place."""
         with self._lock:
             self._running[work.handler] = work
+        self._mind()
         response = work.handler.respond(ForQuery(self.store, work.handler.started), last=not work.connection.waiting)
         if not self._take_from_running(work.handler):
             return False
         self._reply(work, response)
-        self.log.lines([work.handler.log_line])
+        self._account([work.handler])
         return True
+
+    def _account(self, handlers: Sequence[ProfileHandler]) -> None:
+        """Count and log answers that have been sent."""
+        self.metrics.answers(handlers)
+        self.log.lines([handler.log_line for handler in handlers])
 
     def _reply(self, work: Work, response: bytes) -> None:
         """Send an answer; what the socket will not take at once is left to the loop."""
@@ -2663,6 +3138,7 @@ def serve(server: ProfileServer, report: Callable[[str], None]) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: server.shutdown())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `supervise` forks with them blocked
+    server.tracer = start_tracing(os.environ)  # here: an exporter's threads would not survive a fork
     keeper = threading.Thread(target=keep_ready, args=(server, stop, fatal), daemon=True)
     keeper.start()
     server.serve_forever()
@@ -2705,7 +3181,7 @@ def supervise(server: ProfileServer) -> int:
         code = CRASHED
         try:
             log.worker = worker
-            server.board.row = worker - 1
+            server.metrics.use_row(worker - 1)
             server.supervisor = supervisor
             code = serve(server, tell_parent)
         except Exception as error:
@@ -2729,7 +3205,7 @@ def supervise(server: ProfileServer) -> int:
     while children:
         child, status = os.wait()
         worker = children.pop(child, 0)
-        server.board.clear(worker - 1)
+        server.metrics.clear_gauges(worker - 1)
         exited = os.waitstatus_to_exitcode(status)
         if stopping:
             code = max(code, int(exited != 0))
@@ -2765,7 +3241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = Log(settings.log_level, access=settings.access_log)
     shared = [port for port in (settings.port, settings.metrics_port) if port and is_taken(port)]
     try:
-        server = ProfileServer(settings, ProfileStore(settings, log), log)
+        metrics = Metrics(settings.workers)
+        server = ProfileServer(settings, ProfileStore(settings, log, metrics), log, metrics)
     except OSError as error:
         ports = f"SERVICE_PORT {settings.port} or METRICS_PORT {settings.metrics_port}"
         print(f"micro_svc_demo: cannot listen on {ports}: {error.strerror}", file=sys.stderr)

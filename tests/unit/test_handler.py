@@ -23,6 +23,7 @@ class Shelf:
         self.documents = {("user_data", "user_data:5"): PROFILE, ("user_images", "user_images:5"): PICTURE}
         self.rows: list[bytes] = []
         self.asked: list[object] = []
+        self.operation = None
 
     def get(self, collection: str, key: str) -> service.Document:
         self.asked.append((collection, key))
@@ -50,7 +51,8 @@ def server() -> Iterator[service.ProfileServer]:
         {"COUCHBASE_HOST": "db", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"},
     )
     log = service.Log("error")
-    bound = service.ProfileServer(settings, service.ProfileStore(settings, log), log)
+    metrics = service.Metrics(1)
+    bound = service.ProfileServer(settings, service.ProfileStore(settings, log, metrics), log, metrics)
     bound.store.tokens.adopt(TOKEN, 0.0)
     bound.store._token_read_at = math.inf
     bound.tell_ready()
@@ -342,6 +344,9 @@ class TestBatch:
         def __init__(self) -> None:
             self.calls: list[tuple[str, list[str]]] = []
 
+        def last_operation(self) -> None:
+            return None
+
         def get(self, collection: str, key: str) -> service.Document:
             self.calls.append((collection, [key]))
             raise service.ProblemError(404, "no such document")
@@ -362,15 +367,16 @@ class TestBatch:
         with pytest.raises(service.DocumentPending):
             batch.get("user_images", "user_images:1")
         batch.fetch()
-        assert store.calls == [
-            ("user_data", ["user_data:1", "user_data:2", "user_data:8", "user_data:9"]),
-            ("user_images", ["user_images:1"]),
-        ]
+        assert store.calls == [("user_data", ["user_data:1", "user_data:2", "user_data:8", "user_data:9"])]
         assert batch.get("user_data", "user_data:2").value == b"user_data:2"
         for key, status in (("user_data:8", 404), ("user_data:9", 500)):
             with pytest.raises(service.ProblemError) as raised:
                 batch.get("user_data", key)
             assert raised.value.status == status
+        with pytest.raises(service.DocumentPending):
+            batch.get("user_images", "user_images:1")
+        batch.fetch()
+        assert store.calls[1:] == [("user_images", ["user_images:1"])]
         with pytest.raises(service.ProblemError):
             batch.get("user_images", "user_images:1")
 
