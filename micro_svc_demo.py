@@ -581,11 +581,15 @@ def body_length(head: Head) -> int | None:
 class Framer:
     """Cuts a client's bytes into whole request heads; bodies are skipped. Pure: bytes in, heads out."""
 
-    __slots__ = ("_body", "_head", "_inbox", "_scanned", "_skipped", "_trailers", "expects_continue", "refused")
+    __slots__ = (
+        *("_body", "_head", "_inbox", "_line_seen", "_scanned", "_skipped", "_trailers"),
+        *("expects_continue", "refused"),
+    )
 
     def __init__(self) -> None:
         self._inbox = bytearray()
         self._scanned = 0  # how much of the inbox is known to hold no end of head
+        self._line_seen = False  # the request line is whole, and well-formed
         self._head: bytes | None = None  # a head whose body is still coming
         self._body: int | None = 0  # bytes of it to skip; None: chunked
         self._skipped = 0
@@ -647,7 +651,7 @@ class Framer:
                 return None
             head = bytes(self._inbox[: end + 4])
             del self._inbox[: end + 4]
-            self._scanned = 0
+            self._scanned, self._line_seen = 0, False
             if not _has_body(head):
                 return head
             parsed = parse_head(head)
@@ -669,11 +673,13 @@ class Framer:
         scanned = self._scan(length)
         if scanned < _MAX_BEGINNING_BYTES and not _BEGINNING.match(inbox[:_MAX_BEGINNING_BYTES]):
             raise ProblemError(400, "malformed request line")
-        line_end = inbox.find(b"\n", 2, _MAX_REQUEST_LINE_BYTES)
-        if line_end >= scanned and not _REQUEST_LINE.match(inbox[: line_end + 1].decode("latin-1")):
-            raise ProblemError(400, "malformed request line")
-        if line_end < 0 and length > _MAX_REQUEST_LINE_BYTES:
-            raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
+        if not self._line_seen:
+            line_end = inbox.find(b"\n", max(2, scanned), _MAX_REQUEST_LINE_BYTES)
+            if line_end >= 0 and not _REQUEST_LINE.match(inbox[: line_end + 1].decode("latin-1")):
+                raise ProblemError(400, "malformed request line")
+            if line_end < 0 and length > _MAX_REQUEST_LINE_BYTES:
+                raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
+            self._line_seen = line_end >= 0
         if length > MAX_HEAD_BYTES:
             raise ProblemError(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
 
@@ -1069,26 +1075,52 @@ def trace_id(traceparent: str | None) -> str:
 
 
 def start_tracing(environ: Mapping[str, str]) -> Any:
-    """Configure OpenTelemetry by its own OTEL_… variables; return a tracer, or None where nothing is traced.
+    """Set OpenTelemetry up by its own OTEL_… variables; return a tracer, or None where nothing is traced.
 
-    Only the API is ever imported by name. An SDK that is installed announces its configurator as an entry point
-    (`opentelemetry_configurator`), the way that the `opentelemetry-instrument` command starts it too.
+    A provider that is there already (`opentelemetry-instrument` sets one) is used as it is. Otherwise an exporter must
+    be named by OTEL_TRACES_EXPORTER, or an endpoint be given, and the SDK be installed: it reads the other variables.
     """
-    wanted = any(environ.get(name) for name in ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT")) or environ.get(
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
-    )
-    if not wanted or environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+    wanted = [environ.get(f"OTEL_{name}") for name in ("TRACES_EXPORTER", "EXPORTER_OTLP_ENDPOINT")]
+    wanted.append(environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+    if not any(wanted) or wanted[0] == "none" or environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
-    try:
-        from opentelemetry import trace  # noqa: PLC0415  # optional, and slow to import
+    try:  # optional, and slow to import
+        from opentelemetry import trace  # noqa: PLC0415
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
     except ImportError:
         return None
-    for entry in importlib.metadata.entry_points(group="opentelemetry_configurator"):
-        entry.load()().configure(auto_instrumentation_version=None)
-        break
     if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        return None  # the API alone: there is nobody to trace for
+        provider = TracerProvider()
+        for name in (wanted[0] or "otlp").split(","):
+            provider.add_span_processor(BatchSpanProcessor(_span_exporter(name.strip(), environ)))
+        trace.set_tracer_provider(provider)
     return trace.get_tracer("micro_svc_demo", __version__)
+
+
+def _span_exporter(name: str, environ: Mapping[str, str]) -> Any:
+    """Return the exporter of a name that OTEL_TRACES_EXPORTER may have; packages announce theirs as entry points.
+
+    Raises:
+        FatalError: no installed package has it.
+    """
+    if name == "otlp":
+        protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get(
+            "OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"
+        )
+        name = f"otlp_proto_{protocol.partition('/')[0]}"
+    for entry in importlib.metadata.entry_points(group="opentelemetry_traces_exporter", name=name):
+        return entry.load()()
+    raise FatalError(f"OTEL_TRACES_EXPORTER: no installed package has the exporter {name!r}")
+
+
+def stop_tracing() -> None:
+    """Send what is not sent yet."""
+    from opentelemetry import trace  # noqa: PLC0415  # there, as there was a tracer
+
+    shutdown = getattr(trace.get_tracer_provider(), "shutdown", None)
+    if shutdown:
+        shutdown()
 
 
 def record_spans(tracer: Any, handler: ProfileHandler, namespace: str) -> None:
@@ -3138,7 +3170,10 @@ def serve(server: ProfileServer, report: Callable[[str], None]) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: server.shutdown())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `supervise` forks with them blocked
-    server.tracer = start_tracing(os.environ)  # here: an exporter's threads would not survive a fork
+    try:
+        server.tracer = start_tracing(os.environ)  # here: an exporter's threads would not survive a fork
+    except FatalError as error:
+        fatal(str(error))
     keeper = threading.Thread(target=keep_ready, args=(server, stop, fatal), daemon=True)
     keeper.start()
     server.serve_forever()
@@ -3148,6 +3183,8 @@ def serve(server: ProfileServer, report: Callable[[str], None]) -> int:
     stop.set()
     server.store.suspicion.set()
     keeper.join(0.5)
+    if server.tracer:
+        stop_tracing()
     server.log.event("info", "stopped")
     if keeper.is_alive():  # inside the SDK, which cannot be interrupted while it connects
         os._exit(1 if failed else 0)
