@@ -49,6 +49,7 @@ from datetime import timedelta
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 from urllib.parse import quote, unquote_to_bytes
 
@@ -328,6 +329,7 @@ class Log:
         self.debug = level == "debug"
         self.worker = worker
         self.dropped = 0  # lines, since the start of this process
+        self._lock = threading.Lock()
         self._descriptor = descriptor
         self._stalled = False
         self._least = self.LEVELS.index(level)
@@ -353,17 +355,23 @@ class Log:
         A closed one stops nobody.
         """
         data = "".join(lines).encode()
-        while data:
-            end = len(data) if len(data) <= PIPE_BYTES else data.rfind(b"\n", 0, PIPE_BYTES) + 1 or len(data)
-            chunk, data = data[:end], data[end:]
-            # a pipe that polls as writable takes PIPE_BUF bytes at once and whole; after a loss nobody waits again
+        with self._lock:  # a poll object serves one thread at a time
+            while data:
+                end = len(data) if len(data) <= PIPE_BYTES else data.rfind(b"\n", 0, PIPE_BYTES) + 1 or len(data)
+                self._write(data[:end])
+                data = data[end:]
+
+    def _write(self, chunk: bytes) -> None:
+        # a pipe that polls as writable takes PIPE_BUF bytes at once and whole; after a loss nobody waits again
+        try:
             if self._poll is None or self._poll.poll(0 if self._stalled else 100):
+                os.write(self._descriptor, chunk)
                 self._stalled = False
-                with contextlib.suppress(OSError):
-                    os.write(self._descriptor, chunk)
-            else:
-                self._stalled = True
-                self.dropped += chunk.count(b"\n")
+                return
+            self._stalled = True
+        except OSError:  # closed
+            pass
+        self.dropped += chunk.count(b"\n")
 
 
 def describe(error: BaseException) -> str:
@@ -1585,9 +1593,14 @@ class ProfileStore:
                     breaker.succeeded(self._last_failure + self.trouble_seconds)
         return self._troubled
 
-    def suspect(self) -> None:
-        """Take note that something is slow; the background check looks into it at once."""
-        self._last_failure = time.monotonic()
+    def suspect(self, seconds: float) -> None:
+        """Take note of trouble for some seconds; the background check looks into it at once.
+
+        Args:
+            seconds: a failure is worth `trouble_seconds`; what may be mere slowness one, as documents got one by one
+                cost several times as much, and a busy machine must not be made busier.
+        """
+        self._last_failure = max(self._last_failure, time.monotonic() - self.trouble_seconds + seconds)
         self._troubled = True
         self.suspicion.set()
 
@@ -1828,8 +1841,8 @@ class ProfileStore:
         return done
 
     def _failed(self, breaker: Breaker, started: float) -> None:
-        self.suspect()
-        breaker.failed(started, self._last_failure)
+        self.suspect(self.trouble_seconds)
+        breaker.failed(started, time.monotonic())
 
     def get(self, collection: str, key: str, timeout_seconds: float | None = None) -> Document:
         """Get one document.
@@ -1952,11 +1965,11 @@ class ProfileStore:
         return ProblemError(failure.status, failure.detail)
 
 
-class DocumentPending(Exception):  # a signal, not an error
+class DocumentPending(BaseException):  # a signal, not an error: passes every `except Exception`
     """`do_GET` asked for a document that its batch does not have yet; it is run again when it does."""
 
 
-class QueryPending(Exception):  # a signal, not an error
+class QueryPending(BaseException):  # the same
     """`do_GET` asked for a query, which is not a document worker's to run."""
 
 
@@ -2056,6 +2069,7 @@ CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox"  # a pic
 QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))  # logged at debug: probes and scrapes come by the second
 _REJECTED = {400: "malformed", 417: "malformed", 413: "too_large", 414: "too_large", 431: "too_large", 408: "too_slow"}
 _REPLICA = ((), ("X-Couchbase-Replica: true",))
+HTTP_NO_CONTENT = 204  # an int, as comparing with an HTTPStatus costs ten times as much
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PICTURE_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,31}")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nDate: ".encode() for status in HTTPStatus}
@@ -2064,8 +2078,17 @@ _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nDate
 class ProfileHandler(BaseHTTPRequestHandler):
     """Answers one request: whole request bytes in, whole answer bytes out, no socket in between."""
 
+    # What is not known yet, as class attributes: an instance is made for each request, and most never change.
     server: ProfileServer
-    headers: dict[str, str]  # type: ignore[assignment]  # the base's are an email.message.Message
+    headers: Mapping[str, str] = MappingProxyType({})  # type: ignore[assignment]  # the base's are an email.message.Message
+    command = path = query = route = client = request_id = log_line = ""
+    request_version = "HTTP/1.1"
+    response = b""
+    status = 0
+    seconds = queue_seconds = 0.0
+    operation: Operation | None = None
+    close_connection = True  # until the request is known to be well-formed
+    _parsed = _authorized = False
 
     def __init__(
         self, request: bytes | ProblemError, client_address: tuple[str, int], server: ProfileServer, *, internal: bool
@@ -2080,20 +2103,10 @@ class ProfileHandler(BaseHTTPRequestHandler):
         """
         self.client_address = client_address
         self.server = server
-        self.close_connection = True  # until the request is known to be well-formed
-        self.response = b""
         self.request = request
-        self._internal = internal
-        self.started = time.monotonic()
-        self.seconds = self.queue_seconds = 0.0
         self.client = client_address[0]
-        self.trace_id = ""
-        self.operation: Operation | None = None
-        self.request_version = "HTTP/1.1"
-        self.command = self.path = self.query = self.route = self.log_line = self.request_id = ""
-        self.headers = {}
-        self.status = 0
-        self._parsed = False
+        self.started = time.monotonic()
+        self._internal = internal
 
     def respond(self, store: Batch, *, last: bool = True) -> bytes:
         """Run the method's handler with what `store` has and return the answer.
@@ -2113,15 +2126,13 @@ class ProfileHandler(BaseHTTPRequestHandler):
                 self.parse_request()
                 if self.queue_seconds > self.server.queue_seconds:
                     raise unavailable("overloaded: the request waited too long for a worker", rejected="overloaded")
-            if self.server.draining and last:
+            if last and self.server.draining:
                 self.close_connection = True
             method = getattr(self, f"do_{self.command}", None)
             if method is None:
                 raise ProblemError(405, f"{self.command} is not supported", ALLOW)
             method()
             self.operation = store.operation
-        except (DocumentPending, QueryPending):
-            raise
         except ProblemError as problem:
             self.operation = store.operation
             self.send_problem(problem)
@@ -2168,7 +2179,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         """Answer by route; callers are applications (`/api/`), Kubernetes (probes) and Prometheus (`/metrics`)."""
         path, _, self.query = self.path.partition("?")
         route, _, parameter = path.rpartition("/")
-        if path.startswith("/api/"):
+        if not self._authorized and path.startswith("/api/"):
             self.require_token()
         if route == "/api/v1/id":
             self.route = "/api/v1/id/{id}"
@@ -2222,6 +2233,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         if token is None or not tokens.accepts(token, time.monotonic()):
             self.server.metrics.add("auth_failures_total")
             raise ProblemError(401, "a valid bearer token is required", CHALLENGE)
+        self._authorized = True  # if the request is run again, it need not be checked again
 
     def get_document(self, collection: str, parameter: str) -> Document:
         """Get `{collection}:{parameter}`.
@@ -2315,29 +2327,30 @@ class ProfileHandler(BaseHTTPRequestHandler):
             cas: what the ETag is made of, None for no ETag.
             *headers: further whole header fields.
         """
-        parts = [f"X-Request-ID: {self.request_id}", "X-Content-Type-Options: nosniff"]
-        if status != HTTPStatus.NO_CONTENT:  # which may not have a length (RFC 9110, 8.6)
-            parts += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
+        text = f"X-Request-ID: {self.request_id}\r\nX-Content-Type-Options: nosniff\r\n"
+        if status != HTTP_NO_CONTENT:  # which may not have a length (RFC 9110, 8.6)
+            text += f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
         if cas is not None:
             tag = f'"{cas:x}"'
-            parts.append(f"ETag: {tag}")
-            if _names_tag(self.headers.get("if-none-match"), tag):
-                status = 304
+            text += f"ETag: {tag}\r\n"
+            if "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], tag):
+                status, body = 304, b""
         if self.path.startswith("/api/"):
-            parts.append("Cache-Control: private, no-cache")
+            text += "Cache-Control: private, no-cache\r\n"
         if self.close_connection:
-            parts.append("Connection: close")
+            text += "Connection: close\r\n"
         elif self.request_version == "HTTP/1.0":
-            parts.append("Connection: keep-alive")
-        parts += headers
-        bodiless = self.command == "HEAD" or status == HTTPStatus.NOT_MODIFIED
+            text += "Connection: keep-alive\r\n"
+        for header in headers:
+            text += f"{header}\r\n"
+        if self.command == "HEAD":
+            body = b""
         self.status = status
-        head = "\r\n".join(parts).encode("latin-1")
-        self.response = b"%b%b\r\n%b\r\n\r\n%b" % (
+        self.response = b"%b%b\r\n%b\r\n%b" % (
             _STATUS_LINES[status],
             CLOCK.http_date(),
-            head,
-            b"" if bodiless else body,
+            text.encode("latin-1"),
+            body,
         )
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
@@ -2373,10 +2386,8 @@ def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, s
     return peer
 
 
-def _names_tag(given: str | None, tag: str) -> bool:
+def _names_tag(given: str, tag: str) -> bool:
     """Tell whether If-None-Match names the tag, by weak comparison (RFC 9110, 8.8.3.2 and 13.1.2)."""
-    if given is None:
-        return False
     return given == "*" or tag in (item.strip().removeprefix("W/") for item in given.split(","))
 
 
@@ -2475,7 +2486,7 @@ class ProfileServer(ThreadingHTTPServer):
     document_workers = 2  # batches form by themselves while both are busy; measured better than more threads
     batch_size = 32
     alone_workers = 64  # while key-value is in trouble each document has a thread; started when first needed
-    stuck_seconds = 0.1  # with no document worker coming back for the next batch, something is wrong
+    stuck_seconds = 0.25  # with no document worker coming back for the next batch, something may be wrong
     overdue_seconds = 0.05  # after its time-out a query that the SDK still holds is given up
     receive_bytes = 16_384
     max_waiting = 16  # whole requests of one connection behind the one being answered; then reading pauses
@@ -2706,7 +2717,7 @@ class ProfileServer(ThreadingHTTPServer):
     def _mind_documents(self, now: float) -> None:
         """When every document worker is stuck with its batch, let those that wait go on alone."""
         if now - max(self._documents_since, self._documents_taken) > self.stuck_seconds:
-            self.store.suspect()
+            self.store.suspect(1.0)
             with contextlib.suppress(queue.Empty):
                 while (work := self._documents.get_nowait()) is not None:
                     self._put_alone(work)
@@ -3005,9 +3016,10 @@ class ProfileServer(ThreadingHTTPServer):
                 if answer(work) is False:
                     return
             except Exception as error:
-                self.log.event("error", "worker failure", error=describe(error))
                 work.connection.closing = True
                 self._ask(work.connection)
+                with contextlib.suppress(Exception):  # whatever fails, the worker goes on
+                    self.log.event("error", "worker failure", error=describe(error))
 
     def _answer_local(self, work: Work) -> None:
         """Answer what needs no Couchbase, so that probes and refusals never wait for it."""

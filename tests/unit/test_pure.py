@@ -1,11 +1,13 @@
 """The small pure parts: paging, percent-decoding, tokens, back-off, problems, tags, clock, log."""
 
+import concurrent.futures
 import datetime
 import email.utils
 import itertools
 import json
 import os
 import random
+import threading
 import time
 from urllib.parse import quote
 
@@ -119,8 +121,8 @@ class TestTag:
     def test_matches(self, given_tags: str) -> None:
         assert service._names_tag(given_tags, '"1f"')
 
-    @pytest.mark.parametrize("given_tags", [None, "", '"1F"', "1f", '"1f', '"11f"'])
-    def test_does_not_match(self, given_tags: str | None) -> None:
+    @pytest.mark.parametrize("given_tags", ["", '"1F"', "1f", '"1f', '"11f"'])
+    def test_does_not_match(self, given_tags: str) -> None:
         assert not service._names_tag(given_tags, '"1f"')
 
 
@@ -159,6 +161,25 @@ class TestLog:
         os.close(reading)
         service.Log(descriptor=writing).event("info", "unheard")
         os.close(writing)
+
+    def test_many_threads_log_at_once(self) -> None:
+        """Each line is whole, none is lost, no thread fails."""
+        reading, writing = os.pipe()
+        log = service.Log(descriptor=writing)
+        received: list[str] = []
+
+        def read() -> None:
+            with os.fdopen(reading, encoding="utf-8") as file:
+                received.extend(file)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda number: log.event("info", "m", number=number), range(2000)))
+        os.close(writing)
+        reader.join(30)
+        assert sorted(json.loads(line)["number"] for line in received) == list(range(2000))
+        assert log.dropped == 0
 
     def test_an_exception_whose_str_raises_is_described(self) -> None:
         class Broken(Exception):
