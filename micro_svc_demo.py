@@ -1642,9 +1642,14 @@ class ProfileStore:
             ) from error
         try:
             self._scope = cluster.bucket(settings.couchbase_bucket).scope(settings.couchbase_scope)
-        except cb.CouchbaseException:
+        except cb.CouchbaseException as error:
             self._explain_bucket(cluster)
             cluster.close()
+            if isinstance(error, cb.BucketNotFoundException):  # at once: the server refuses it to this user
+                raise FatalError(
+                    f"bucket {settings.couchbase_bucket!r} does not exist, or user {settings.couchbase_user!r} has no "
+                    "role for it: check COUCHBASE_BUCKET and the user's roles"
+                ) from error
             raise
         self._collections = {name: self._scope.collection(name) for name in (USERS, IMAGES, AUTH)}
         self._cluster = cluster

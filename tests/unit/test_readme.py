@@ -48,3 +48,14 @@ def test_commands_name_files_and_modules_that_exist() -> None:
 def test_the_two_commands_stand_on_one_line_each() -> None:
     commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
     assert [command.rpartition(" -m ")[2] for command in commands] == ["tests.demo", "pytest"]
+
+
+def test_metrics_and_alerts_are_those_that_exist() -> None:
+    section = README.partition("## Operating it")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)(?:\{([a-z,]*)\})?`", section))
+    labelled = {(row.name, ",".join(label for label, _ in row.labels)) for row in service.FAMILIES}
+    rendered = set(re.findall(r"^# TYPE (\S+)", service.Metrics(1).render().decode(), re.MULTILINE))
+    assert {name for name, _ in named} == rendered
+    assert labelled <= named
+    rules = (ROOT / "k8s" / "monitoring" / "prometheusrule.yaml").read_text()
+    assert set(re.findall(r"`(Demopy\w+)`", section)) == set(re.findall(r"alert: (\w+)", rules))
