@@ -613,6 +613,16 @@ class Framer:
         # an empty line before the next request begins nothing yet
         return self._head is not None or not b"\r\n".startswith(self._inbox)
 
+    def is_whole(self, data: bytes) -> bool:
+        """Tell whether the data is one whole head and nothing else: the common case, in few steps."""
+        return (
+            0 <= data.find(_END_OF_HEAD) == len(data) - len(_END_OF_HEAD)
+            and not self._inbox
+            and self._head is None
+            and len(data) <= MAX_TARGET_BYTES
+            and not _has_body(data)
+        )
+
     def feed(self, data: bytes, room: int = 1 << 30) -> list[bytes | ProblemError]:
         """Take what was received; return the heads that are whole now.
 
@@ -625,14 +635,8 @@ class Framer:
         """
         if self.refused:
             return []
-        if (
-            not self._inbox
-            and self._head is None
-            and 0 <= data.find(_END_OF_HEAD) == len(data) - len(_END_OF_HEAD)
-            and len(data) <= MAX_TARGET_BYTES
-            and not _has_body(data)
-        ):
-            return [data]  # the common case: one whole head and nothing else
+        if self.is_whole(data):
+            return [data]
         self._inbox += data
         found: list[bytes | ProblemError] = []
         try:
@@ -2828,7 +2832,10 @@ class ProfileServer(ThreadingHTTPServer):
         except OSError:
             self._close(connection)
             return
-        if not data:
+        if not connection.busy and not connection.refused and connection.is_whole(data):
+            connection.busy = True  # no worker has it, so nobody else looks
+            self._enqueue(connection, data)
+        elif not data:
             self._end_of_input(connection)
         elif connection.closing:
             return  # lingering: what still comes is read only so that closing does not reset the connection
@@ -2956,7 +2963,7 @@ class ProfileServer(ThreadingHTTPServer):
                 return
             self._watch(connection, connection.events & ~selectors.EVENT_WRITE)
             if not connection.closing:
-                self._next_request(connection, time.monotonic())
+                self._next_request(connection)
                 return
         if connection.closing:
             self._linger(connection)
@@ -3095,34 +3102,51 @@ class ProfileServer(ThreadingHTTPServer):
     def _reply(self, work: Work, response: bytes) -> None:
         """Send an answer; what the socket will not take at once is left to the loop."""
         connection = work.connection
-        try:
-            with connection.lock:
-                sent = connection.socket.send(response)
-        except BlockingIOError:
-            sent = 0
-        except OSError:  # the client is gone
-            sent = len(response)
-            work.handler.close_connection = True
-        if sent == len(response) and not work.handler.close_connection:
-            self._next_request(connection, time.monotonic())
-            return
-        connection.deadline = time.monotonic() + self.write_seconds
-        connection.closing = work.handler.close_connection
-        connection.outbox = response[sent:]
-        self._ask(connection)
-
-    def _next_request(self, connection: Connection, now: float) -> None:
-        """Go on to the connection's next request. One step: else one that arrived meanwhile would never be answered."""
         with connection.lock:
-            if connection.waiting:
-                request = connection.waiting.popleft()
+            try:
+                sent = connection.socket.send(response)
+            except BlockingIOError:
+                sent = 0
+            except OSError:  # the client is gone
+                sent = len(response)
+                work.handler.close_connection = True
+            if sent == len(response) and not work.handler.close_connection:
+                request = self._release(connection)
             else:
-                connection.busy = False
-                connection.deadline = now + (self.head_seconds if connection.partial else self.idle_seconds)
+                connection.deadline = time.monotonic() + self.write_seconds
+                connection.closing = work.handler.close_connection
+                connection.outbox = response[sent:]
                 request = None
+        self._go_on(connection, request)
+
+    def _next_request(self, connection: Connection) -> None:
+        """Go on to the connection's next request, if one waits."""
+        with connection.lock:
+            request = self._release(connection)
+        self._go_on(connection, request)
+
+    def _release(self, connection: Connection) -> bytes | ProblemError | None:
+        """Return the next request that waits, else mark the connection as free; its lock must be held.
+
+        It must be one step: else a request that arrived in between would never be answered.
+        """
+        if connection.waiting:
+            return connection.waiting.popleft()
+        connection.deadline = time.monotonic() + (self.head_seconds if connection.partial else self.idle_seconds)
+        connection.busy = False
+        return None
+
+    def _go_on(self, connection: Connection, request: bytes | ProblemError | None) -> None:
+        """Queue the next request, and ask the loop for what only it can do: flush, close, read on, send a 100."""
         if request is not None:
             self._enqueue(connection, request)
-        if connection.ended or connection.expects_continue or not connection.events & selectors.EVENT_READ:
+        if (
+            connection.outbox
+            or connection.closing
+            or connection.ended
+            or connection.expects_continue
+            or not connection.events & selectors.EVENT_READ
+        ):
             self._ask(connection)
 
 
