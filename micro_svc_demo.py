@@ -19,6 +19,7 @@ import binascii
 import bisect
 import contextlib
 import errno
+import functools
 import hmac
 import http.client
 import importlib.metadata
@@ -463,9 +464,13 @@ _END_OF_HEAD = b"\r\n\r\n"
 # Possessive quantifiers (`++`, `*+`) keep every match linear: no input makes the engine go back.
 _NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _FIELD = rf"({_NAME}):[ \t]*+([\t -~\x80-\xff]*+)\r\n"
-_REQUEST_LINE = re.compile(r"(?:\r\n)?([A-Z][A-Z0-9_-]{0,31}) ([!-\"$-~]++) HTTP/1\.([01])\r\n")
+_REQUEST_LINE = re.compile(r"([A-Z][A-Z0-9_-]{0,31}) ([!-\"$-~]++) (HTTP/1\.[01])")
 _FIELD_LINE = re.compile(_FIELD)
 _FIELD_LINES = re.compile(f"(?:{_FIELD})*+\r\n")
+_FIELD_NAME = re.compile(_NAME)
+# What a head may be made of between its line ends, and what must be left of it without that.
+_TEXT = bytes(byte for byte in range(256) if byte == ord("\t") or (byte >= ord(" ") and byte != 0x7F))  # noqa: PLR2004
+_LINE_ENDS = b"\r\n" * MAX_HEAD_BYTES
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _AUTHORITY = re.compile(rf"(?:{_HOST})(?::[0-9]{{0,5}})?")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE | re.DOTALL)
@@ -511,37 +516,72 @@ def parse_head(raw: bytes) -> Head:
         ProblemError: 400, 414 or 431; the connection cannot go on after it.
     """
     text = raw.decode("latin-1")
-    line = _REQUEST_LINE.match(text)
+    lines = text.split("\r\n")
+    if raw.translate(None, _TEXT) != _LINE_ENDS[: 2 * len(lines) - 2]:
+        raise ProblemError(400, "a control character, or a line that ends with a bare CR or LF")
+    if not lines[0]:
+        del lines[0]
+    if lines[-2:] != ["", ""]:
+        raise ProblemError(400, "the head does not end with an empty line")
+    line = _REQUEST_LINE.fullmatch(lines[0])
     if line is None:
         raise ProblemError(400, "malformed request line")
-    method, target, minor = line.groups()
-    block = text[line.end() :]
-    if _FIELD_LINES.fullmatch(block) is None:
-        raise ProblemError(400, "malformed header field")
-    pairs = _FIELD_LINE.findall(block)
-    found: dict[str, str] = {name.lower(): value.rstrip(" \t") for name, value in pairs}
-    if len(found) != len(pairs):
-        found = _join_repeated(pairs)
+    method, target, version = line.groups()
+    del lines[-2:], lines[0]
+    found: dict[str, str] = {}
+    padded = "\t" in text or ":  " in text or " \r" in text  # white space around a value is not part of it
+    for row in lines:
+        name, colon, value = row.partition(": ")
+        known = _KNOWN_NAMES.get(name) if colon and not padded else None
+        if known is None:  # a new name, or not the usual one space after the colon
+            known, value = _parse_field(row)
+        found[known] = value
+    if len(found) != len(lines):
+        found = _join_repeated(map(_parse_field, lines))
     if len(target) > MAX_TARGET_BYTES:
         raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
-    if len(pairs) > MAX_FIELDS or len(raw) > MAX_HEAD_BYTES:
+    if len(lines) > MAX_FIELDS or len(raw) > MAX_HEAD_BYTES:
         raise ProblemError(431, f"the head has more than {MAX_FIELDS} fields or {MAX_HEAD_BYTES} bytes")
-    if not _DISGUISED_FIELDS.isdisjoint(found):
-        raise ProblemError(400, "a framing field under a disguised name")
     host = found.get("host")
-    if (host is None and minor == "1") or (host and _AUTHORITY.fullmatch(host) is None):
+    if (host is None and version == "HTTP/1.1") or (host and not _is_authority(host)):
         raise ProblemError(400, "missing or malformed Host")
     if target[0] != "/":
         target = _origin_form(method, target, found)
-    if minor == "1" and found.get("expect", "100-continue").lower() != "100-continue":
+    if "expect" in found and version == "HTTP/1.1" and found["expect"].lower() != "100-continue":
         raise ProblemError(417, "the only expectation that can be met is 100-continue")
-    return Head(method, target, f"HTTP/1.{minor}", found)
+    return tuple.__new__(Head, (method, target, version, found))  # half the time of Head's own
+
+
+# Field names as sent, and in lower case: the few hundred that come by again and again are looked up, not checked again.
+_KNOWN_NAMES: dict[str, str] = {}
+_MOST_KNOWN_NAMES, _LONGEST_KNOWN_NAME = 512, 64
+
+
+def _parse_field(row: str) -> tuple[str, str]:
+    """Return one field's name in lower case, and its value without the white space around it."""
+    name, colon, value = row.partition(":")
+    known = _KNOWN_NAMES.get(name)
+    if known is None or not colon:
+        known = name.lower()
+        if not colon or not _FIELD_NAME.fullmatch(name):
+            raise ProblemError(400, "malformed header field")
+        if known in _DISGUISED_FIELDS:
+            raise ProblemError(400, "a framing field under a disguised name")
+        if len(_KNOWN_NAMES) < _MOST_KNOWN_NAMES and len(name) <= _LONGEST_KNOWN_NAME:
+            _KNOWN_NAMES[name] = known
+    return known, value.strip(" \t")
+
+
+@functools.lru_cache(maxsize=256)
+def _is_authority(text: str) -> bool:
+    """Tell whether this is a host with an optional port (RFC 3986, 3.2.2); the few that are asked for come by often."""
+    return _AUTHORITY.fullmatch(text) is not None
 
 
 def _join_repeated(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Join the values of repeated fields with commas (RFC 9110, 5.3), except where only one is allowed."""
     joined: dict[str, str] = {}
-    for name, value in ((name.lower(), value.rstrip(" \t")) for name, value in pairs):
+    for name, value in pairs:
         if name not in joined:
             joined[name] = value
         elif name not in _SINGLE_FIELDS:
@@ -598,7 +638,7 @@ class Framer:
         self._inbox = bytearray()
         self._scanned = 0  # how much of the inbox is known to hold no end of head
         self._line_seen = False  # the request line is whole, and well-formed
-        self._head: bytes | None = None  # a head whose body is still coming
+        self._head: Head | None = None  # a head whose body is still coming
         self._body: int | None = 0  # bytes of it to skip; None: chunked
         self._skipped = 0
         self._trailers = False  # the last chunk is behind
@@ -613,17 +653,20 @@ class Framer:
         # an empty line before the next request begins nothing yet
         return self._head is not None or not b"\r\n".startswith(self._inbox)
 
-    def is_whole(self, data: bytes) -> bool:
-        """Tell whether the data is one whole head and nothing else: the common case, in few steps."""
-        return (
-            0 <= data.find(_END_OF_HEAD) == len(data) - len(_END_OF_HEAD)
-            and not self._inbox
-            and self._head is None
-            and len(data) <= MAX_TARGET_BYTES
-            and not _has_body(data)
-        )
+    def take_whole(self, data: bytes) -> Head | None:
+        """Return the head if the data is one whole request without a body and nothing else: the common case.
 
-    def feed(self, data: bytes, room: int = 1 << 30) -> list[bytes | ProblemError]:
+        Whatever is wrong with it is for `feed` to find.
+        """
+        if self._inbox or self._head is not None or not data.endswith(_END_OF_HEAD) or len(data) > MAX_TARGET_BYTES:
+            return None
+        try:
+            head = parse_head(data)
+        except ProblemError:
+            return None
+        return None if "content-length" in head.fields or "transfer-encoding" in head.fields else head
+
+    def feed(self, data: bytes, room: int = 1 << 30) -> list[Head | ProblemError]:
         """Take what was received; return the heads that are whole now.
 
         Args:
@@ -635,10 +678,11 @@ class Framer:
         """
         if self.refused:
             return []
-        if self.is_whole(data):
-            return [data]
+        whole = self.take_whole(data)
+        if whole is not None:
+            return [whole]
         self._inbox += data
-        found: list[bytes | ProblemError] = []
+        found: list[Head | ProblemError] = []
         try:
             while len(found) < room and (head := self._next()) is not None:
                 found.append(head)
@@ -654,21 +698,18 @@ class Framer:
         self._inbox = bytearray()
         self._head = None
 
-    def _next(self) -> bytes | None:
+    def _next(self) -> Head | None:
         if self._head is None:
             end = self._inbox.find(_END_OF_HEAD, max(0, self._scanned - 3))
             if end < 0 or end > MAX_TARGET_BYTES:  # below that size no bound can be missed
                 self._check_beginning(len(self._inbox) if end < 0 else end + 4)
             if end < 0:
                 return None
-            head = bytes(self._inbox[: end + 4])
+            head = parse_head(bytes(self._inbox[: end + 4]))
             del self._inbox[: end + 4]
             self._scanned, self._line_seen = 0, False
-            if not _has_body(head):
-                return head
-            parsed = parse_head(head)
-            self._head, self._body, self._skipped, self._trailers = head, body_length(parsed), 0, False
-            self.expects_continue = parsed.version == "HTTP/1.1" and "expect" in parsed.fields and self._body != 0
+            self._head, self._body, self._skipped, self._trailers = head, body_length(head), 0, False
+            self.expects_continue = head.version == "HTTP/1.1" and "expect" in head.fields and self._body != 0
         if self._inbox:
             self.expects_continue = False  # it did not wait
         if not (self._skip_chunks() if self._body is None else self._skip_bytes(self._body)):
@@ -681,27 +722,29 @@ class Framer:
 
         Looks at the same bytes in the same order however they were cut, so that the answer is the same too.
         """
-        inbox, length = self._inbox, min(length, MAX_HEAD_BYTES + 1)
-        scanned = self._scan(length)
-        if scanned < _MAX_BEGINNING_BYTES and not _BEGINNING.match(inbox[:_MAX_BEGINNING_BYTES]):
-            raise ProblemError(400, "malformed request line")
+        inbox, length, scanned = self._inbox, min(length, MAX_HEAD_BYTES + 1), self._scanned
         if not self._line_seen:
-            line_end = inbox.find(b"\n", max(2, scanned), _MAX_REQUEST_LINE_BYTES)
-            if line_end >= 0 and not _REQUEST_LINE.match(inbox[: line_end + 1].decode("latin-1")):
+            self._scan(min(length, _MAX_REQUEST_LINE_BYTES))
+            if scanned < _MAX_BEGINNING_BYTES and not _BEGINNING.match(inbox[:_MAX_BEGINNING_BYTES]):
                 raise ProblemError(400, "malformed request line")
-            if line_end < 0 and length > _MAX_REQUEST_LINE_BYTES:
+            line_end = inbox.find(b"\n", max(2, scanned), _MAX_REQUEST_LINE_BYTES)
+            if line_end >= 0:
+                line = inbox[:line_end].decode("latin-1").removeprefix("\r\n").removesuffix("\r")
+                if not _REQUEST_LINE.fullmatch(line):
+                    raise ProblemError(400, "malformed request line")
+            elif length > _MAX_REQUEST_LINE_BYTES:
                 raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
             self._line_seen = line_end >= 0
+        self._scan(length)
         if length > MAX_HEAD_BYTES:
             raise ProblemError(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
 
-    def _scan(self, length: int) -> int:
-        """Look at the bytes that are new for bare line ends; return how many were old. Each byte is looked at once."""
-        scanned, self._scanned = self._scanned, length
-        bare = _BARE_LINE_END.search(self._inbox, max(0, scanned - 1), length)
+    def _scan(self, length: int) -> None:
+        """Look for bare line ends among the bytes that are new, so that each is looked at once."""
+        bare = _BARE_LINE_END.search(self._inbox, max(0, self._scanned - 1), length)
         if bare:
             raise ProblemError(400, "a line ends with a bare CR or LF")
-        return scanned
+        self._scanned = max(self._scanned, length)
 
     def _skip_bytes(self, left: int) -> bool:
         taken = min(left, len(self._inbox))
@@ -754,12 +797,6 @@ class Framer:
         del inbox[: end + 4]
         self._scanned = 0
         return True
-
-
-def _has_body(raw: bytes) -> bool:
-    """Tell whether a head may announce a body: two C-level searches, so that bodiless requests pay next to nothing."""
-    lowered = raw.lower()
-    return b"\ncontent-length" in lowered or b"\ntransfer-encoding" in lowered
 
 
 def decode_segment(segment: str) -> str:
@@ -1456,16 +1493,20 @@ def seed_addresses(settings: Settings) -> list[tuple[str, int | None]]:
     return [(found[1].strip("[]"), int(found[2]) if found[2] else None) for found in parsed if found]
 
 
-def check_certificates(settings: Settings) -> None:
+def check_certificates(settings: Settings) -> str:
     """Look at each seed's certificate before the SDK does.
 
     The SDK says no more than "time-out" if it is no good, and does not compare its host name at all (4.6.3).
 
+    Returns:
+        What is doubtful but for the SDK to decide, as it has Mozilla's roots besides the system's; empty if nothing is.
+
     Raises:
         FatalError: it is expired, for another host, or of an issuer that COUCHBASE_TLS_CA does not have.
     """
+    doubt = ""
     if not settings.connection_string.startswith("couchbases:") or not settings.couchbase_tls_verify:
-        return
+        return doubt
     try:
         context = tls_context(settings)
     except ssl.SSLError as error:
@@ -1476,15 +1517,15 @@ def check_certificates(settings: Settings) -> None:
             with socket.create_connection(address, 5) as plain, context.wrap_socket(plain, server_hostname=host):
                 pass
         except ssl.SSLCertVerificationError as error:
+            refusal = f"the certificate of {host} is refused ({error.verify_message})"
             unknown_issuer = error.verify_code in {18, 19, 20, 21}  # X509_V_ERR_… of OpenSSL
             if unknown_issuer and settings.couchbase_tls_ca is None:
-                continue  # the SDK has Mozilla's roots besides the system's: its word counts
-            raise FatalError(
-                f"the certificate of {host} is refused ({error.verify_message}): "
-                "check COUCHBASE_HOST and COUCHBASE_TLS_CA"
-            ) from error
+                doubt = f"{refusal}: set COUCHBASE_TLS_CA to the certificate of its authority"
+                continue
+            raise FatalError(f"{refusal}: check COUCHBASE_HOST and COUCHBASE_TLS_CA") from error
         except OSError:
             continue  # not there, a name that only DNS SRV knows, or no TLS: the SDK tries it in its own way
+    return doubt
 
 
 def fetch_bucket_config(settings: Settings, addresses: list[tuple[str, str, str]], timeout_seconds: float) -> Any:
@@ -1637,9 +1678,15 @@ class ProfileStore:
             CouchbaseException: anything that may pass.
         """
         settings = self._settings
-        check_certificates(settings)
+        doubt = check_certificates(settings)
         try:
             cluster = open_cluster(settings)
+        except cb.InvalidArgumentException as error:
+            raise FatalError(f"the SDK refuses COUCHBASE_HOST or its options: {describe(error)}") from error
+        except (cb.UnAmbiguousTimeoutException, cb.AmbiguousTimeoutException) as error:
+            if doubt:
+                raise FatalError(doubt) from error
+            raise
         except cb.AuthenticationException as error:
             raise FatalError(
                 f"Couchbase refuses user {settings.couchbase_user!r}: check COUCHBASE_USER and COUCHBASE_PASSWORD"
@@ -2100,7 +2147,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
     _parsed = _authorized = False
 
     def __init__(
-        self, request: bytes | ProblemError, client_address: tuple[str, int], server: ProfileServer, *, internal: bool
+        self, request: Head | ProblemError, client_address: tuple[str, int], server: ProfileServer, *, internal: bool
     ) -> None:
         """Prepare; the base class's `__init__` would read from a socket until the connection ends.
 
@@ -2161,7 +2208,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         return self.response
 
     def parse_request(self) -> bool:
-        """Parse the request strictly; the base's parser is lenient, and slow.
+        """Take over what `parse_head` found; the base's parser is lenient, and slow.
 
         Raises:
             ProblemError: the request is malformed; the connection closes.
@@ -2170,7 +2217,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         try:
             if isinstance(self.request, ProblemError):
                 raise self.request
-            self.command, self.path, self.request_version, self.headers = parse_head(self.request)
+            self.command, self.path, self.request_version, self.headers = self.request
         finally:
             given = self.headers.get("x-request-id")
             self.request_id = given if given and _SANE_REQUEST_ID.fullmatch(given) else self.server.new_request_id()
@@ -2427,7 +2474,7 @@ class Connection(Framer):
         self.internal = internal
         self.lock = threading.Lock()
         self.busy = False  # a request of it is queued or being answered
-        self.waiting: deque[bytes | ProblemError] = deque()  # whole requests behind that one, in order
+        self.waiting: deque[Head | ProblemError] = deque()  # whole requests behind that one, in order
         self.outbox = b""  # what the socket would not take yet of one answer
         self.ended = False  # the client has sent its last byte
         self.closing = False  # after the outbox is written nothing more is answered
@@ -2832,9 +2879,12 @@ class ProfileServer(ThreadingHTTPServer):
         except OSError:
             self._close(connection)
             return
-        if not connection.busy and not connection.refused and connection.is_whole(data):
+        if (
+            not (connection.busy or connection.closing or connection.refused)
+            and (head := connection.take_whole(data)) is not None
+        ):
             connection.busy = True  # no worker has it, so nobody else looks
-            self._enqueue(connection, data)
+            self._enqueue(connection, head)
         elif not data:
             self._end_of_input(connection)
         elif connection.closing:
@@ -2883,7 +2933,7 @@ class ProfileServer(ThreadingHTTPServer):
         if not owed:
             self._close(connection)
 
-    def _submit(self, connection: Connection, requests: list[bytes | ProblemError]) -> None:
+    def _submit(self, connection: Connection, requests: list[Head | ProblemError]) -> None:
         """Queue whole requests: the first if the connection is not busy, the others behind it."""
         with connection.lock:
             connection.waiting.extend(requests)
@@ -2893,10 +2943,10 @@ class ProfileServer(ThreadingHTTPServer):
             request = connection.waiting.popleft()
         self._enqueue(connection, request)
 
-    def _enqueue(self, connection: Connection, request: bytes | ProblemError) -> None:
+    def _enqueue(self, connection: Connection, request: Head | ProblemError) -> None:
         handler = ProfileHandler(request, connection.address, self, internal=connection.internal)
         work = Work(connection, handler)
-        if not isinstance(request, bytes) or not request.startswith((b"GET /api/", b"HEAD /api/")):
+        if isinstance(request, ProblemError) or not request.target.startswith("/api/"):
             self._local.put(work)
         elif self.store.troubled:
             self._put_alone(work)
@@ -3125,7 +3175,7 @@ class ProfileServer(ThreadingHTTPServer):
             request = self._release(connection)
         self._go_on(connection, request)
 
-    def _release(self, connection: Connection) -> bytes | ProblemError | None:
+    def _release(self, connection: Connection) -> Head | ProblemError | None:
         """Return the next request that waits, else mark the connection as free; its lock must be held.
 
         It must be one step: else a request that arrived in between would never be answered.
@@ -3136,7 +3186,7 @@ class ProfileServer(ThreadingHTTPServer):
         connection.busy = False
         return None
 
-    def _go_on(self, connection: Connection, request: bytes | ProblemError | None) -> None:
+    def _go_on(self, connection: Connection, request: Head | ProblemError | None) -> None:
         """Queue the next request, and ask the loop for what only it can do: flush, close, read on, send a 100."""
         if request is not None:
             self._enqueue(connection, request)

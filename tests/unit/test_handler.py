@@ -73,7 +73,7 @@ def ask(server: service.ProfileServer, shelf: Shelf):
     def ask(path: str, *fields: str, method: str = "GET", version: str = "1.1", internal: bool = False) -> Answer:
         lines = [f"{method} {path} HTTP/{version}", "Host: a", *fields]
         raw = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-        handler = service.ProfileHandler(raw, ("192.0.2.1", 1), server, internal=internal)
+        handler = service.ProfileHandler(service.parse_head(raw), ("192.0.2.1", 1), server, internal=internal)
         return parse(handler.respond(shelf))
 
     return ask
@@ -290,7 +290,8 @@ def test_connection(ask, version: str, option: str, closes: str | None) -> None:
 
 
 def test_malformed_request_is_answered_and_closes(server: service.ProfileServer, shelf: Shelf) -> None:
-    handler = service.ProfileHandler(b"nonsense\r\n\r\n", ("192.0.2.1", 1), server, internal=False)
+    [problem] = service.Framer().feed(b"nonsense\r\n\r\n")
+    handler = service.ProfileHandler(problem, ("192.0.2.1", 1), server, internal=False)
     answer = parse(handler.respond(shelf))
     assert (answer.status, answer.headers["connection"]) == (400, "close")
     assert handler.close_connection
@@ -332,7 +333,7 @@ def test_metrics_only_on_their_own_port(ask) -> None:
 def test_a_request_that_waited_too_long_is_503(server: service.ProfileServer, shelf: Shelf) -> None:
     server.queue_seconds = -1.0
     raw = f"GET /api/v1/id/5 HTTP/1.1\r\nHost: a\r\n{BEARER}\r\n\r\n".encode()
-    handler = service.ProfileHandler(raw, ("192.0.2.1", 1), server, internal=False)
+    handler = service.ProfileHandler(service.parse_head(raw), ("192.0.2.1", 1), server, internal=False)
     assert parse(handler.respond(shelf)).status == 503
     assert shelf.asked == []
 

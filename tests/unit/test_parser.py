@@ -188,29 +188,24 @@ STREAMS = {
 }
 
 
-def outcome(found: list[bytes | service.ProblemError]) -> list[bytes | int]:
-    """Return what a worker would make of these: heads up to the first that is refused, and that one's status."""
-    made: list[bytes | int] = []
-    for item in found:
-        try:
-            if isinstance(item, service.ProblemError):
-                raise item
-            service.parse_head(item)
-            made.append(item)
-        except service.ProblemError as problem:
-            return [*made, problem.status]
-    return made
+def outcome(found: list[service.Head | service.ProblemError]) -> list[service.Head | int]:
+    return [item.status if isinstance(item, service.ProblemError) else item for item in found]
+
+
+def expected_of(name: str) -> tuple[bytes, list[service.Head | int]]:
+    stream, expected = STREAMS[name]
+    return stream, [item if isinstance(item, int) else service.parse_head(item) for item in expected]
 
 
 class TestFramer:
     @pytest.mark.parametrize("name", STREAMS)
     def test_whole(self, name: str) -> None:
-        stream, expected = STREAMS[name]
+        stream, expected = expected_of(name)
         assert outcome(service.Framer().feed(stream)) == expected
 
     @pytest.mark.parametrize("name", [name for name in STREAMS if name != "chunks too many"])
     def test_cut_at_every_position_and_into_single_bytes(self, name: str) -> None:
-        stream, expected = STREAMS[name]
+        stream, expected = expected_of(name)
         for position in range(1, len(stream)):
             framer = service.Framer()
             assert outcome(framer.feed(stream[:position]) + framer.feed(stream[position:])) == expected, position
