@@ -2,7 +2,7 @@
 r"""A user-profile microservice: HTTP in front of Couchbase, on the standard library and the Couchbase SDK.
 
 The file reads from top to bottom: settings, log, problems, the HTTP/1.1 parser, tokens, the store (Couchbase), the
-handler (routes), the server (event loop and workers), and `main`, which ties them together.
+contract (OpenAPI), the handler (routes), the server (event loop and workers), and `main`, which ties them together.
 
 The way of a request: the event loop reads it, a worker answers it, and whoever finishes last writes it::
 
@@ -20,6 +20,7 @@ import bisect
 import contextlib
 import errno
 import functools
+import hashlib
 import hmac
 import http.client
 import importlib.metadata
@@ -154,6 +155,8 @@ def _setting(
 
 _HOST = r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]"
 _HOSTS = rf"(?:{_HOST})(?::[0-9]{{1,5}})?(?:,(?:{_HOST})(?::[0-9]{{1,5}})?)*"
+# It gets into a page and its policy: nothing that means something there.
+_ASSETS_URL = rf"https?://(?:{_HOST})(?::[0-9]{{1,5}})?(?:/[A-Za-z0-9@._~-]+)*"
 _COUCHBASE_NAME = r"[A-Za-z0-9_%.-]{1,251}"
 
 
@@ -203,6 +206,9 @@ class Settings:
     trusted_proxies: tuple[Network, ...] = _setting(
         "TRUSTED_PROXIES", "", "addresses or networks, with commas",
         "whose X-Forwarded-For names the client", _networks)
+    docs_assets_url: str = _setting(
+        "DOCS_ASSETS_URL", "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.33.1", "http[s]://host[:port][/path]",
+        "where /docs loads Swagger UI from: exactly this version", _matching(_ASSETS_URL))
     log_level: str = _setting(
         "LOG_LEVEL", "info", "debug, info, warning or error",
         "the least level that is logged", _choice("debug", "info", "warning", "error"))
@@ -2116,6 +2122,367 @@ class ForQuery(Alone):
             self.operation = self._store.last_operation()
 
 
+# ── Contract ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# What the service promises, for machines (OpenAPI 3.1) and for people (Swagger UI on it). Limits are the constants that
+# the code checks, and the problems in it are made by `ProblemError`.
+
+# As published in the npm package swagger-ui-dist, of the version in DOCS_ASSETS_URL's default:
+# openssl dgst -sha384 -binary FILE | openssl base64 -A
+SWAGGER_UI_SCRIPT, SWAGGER_UI_SCRIPT_INTEGRITY = (
+    "swagger-ui-bundle.js",
+    "sha384-ZPehFMQommnnuaZ4rpxgkgTT2DKFVp4hZC/7pLit+9Lek9T1YGSo23eHFbvNkXkw",
+)
+SWAGGER_UI_STYLE, SWAGGER_UI_STYLE_INTEGRITY = (
+    "swagger-ui.css",
+    "sha384-Ov4/wv3j2bmct8cDc5X4ngJZohVPzEmc6uDPH8WeljUxO5vtoykvMEfbu9Vh6RaW",
+)
+HTML_TYPE = "text/html; charset=utf-8"
+# Nothing is sent to a validator of others, and a token is forgotten with the page.
+_DOCS_SCRIPT = (
+    'window.SwaggerUIBundle?.({url: "/openapi.json", dom_id: "#docs", validatorUrl: null, persistAuthorization: false, '
+    'supportedSubmitMethods: ["get"], tryItOutEnabled: true, displayRequestDuration: true})'
+)
+
+
+def docs_page(assets_url: str) -> bytes:
+    """Return a page that loads Swagger UI from `assets_url`; without it, the page still links to the document."""
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="referrer" content="no-referrer">
+<title>User profiles</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="{assets_url}/{SWAGGER_UI_STYLE}"
+ integrity="{SWAGGER_UI_STYLE_INTEGRITY}" crossorigin="anonymous">
+<div id="docs"><p>Swagger UI comes here, unless {assets_url} is out of reach.
+ The document itself: <a href="/openapi.json">/openapi.json</a></p></div>
+<script src="{assets_url}/{SWAGGER_UI_SCRIPT}"
+ integrity="{SWAGGER_UI_SCRIPT_INTEGRITY}" crossorigin="anonymous"></script>
+<script>{_DOCS_SCRIPT}</script>
+</html>
+""".encode()
+
+
+def docs_policy(assets_url: str) -> str:
+    """Return the page's Content-Security-Policy, as a whole header field: only what Swagger UI can't do without."""
+    initialiser = base64.b64encode(hashlib.sha256(_DOCS_SCRIPT.encode()).digest()).decode()
+    sources = {
+        "default-src": "'none'",
+        # whole URLs, as an origin that hosts every package would allow any other script of its; the page's own by hash
+        "script-src": f"{assets_url}/{SWAGGER_UI_SCRIPT} 'sha256-{initialiser}'",
+        "style-src": f"{assets_url}/{SWAGGER_UI_STYLE}",
+        "img-src": "data: blob:",  # the style sheet's icons; the pictures that come as answers
+        "connect-src": "'self'",  # the document, and what is tried out
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    return "Content-Security-Policy: " + "; ".join(f"{name} {value}" for name, value in sources.items())
+
+
+_JSON: TypeAlias = dict[str, Any]
+
+
+def _ref(kind: str, name: str) -> _JSON:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def _parameter(name: str, where: str, description: str, example: object, **schema: object) -> _JSON:
+    """Describe one parameter.
+
+    Only those in the path are required. A header field's example stays in the schema: Swagger UI would send any other
+    with every request that is tried out.
+    """
+    described = {"name": name, "in": where, "description": description}
+    if where == "header":
+        return {**described, "schema": {**schema, "examples": [example]}}
+    return {**described, "required": where == "path", "schema": schema, "example": example}
+
+
+# Name: description, example, pattern of the whole value.
+_HEADER_FIELDS = {
+    "X-Request-ID": ("the caller's, if it is sane, or a new one", "3f9c2a-1d", r"[A-Za-z0-9._-]{1,64}"),
+    "X-Content-Type-Options": ("the body is what its type says", "nosniff", "nosniff"),
+    "ETag": ("changes whenever the document does", '"18a5c91f20b30000"', '"[0-9a-f]+"'),
+    "Cache-Control": ("for the caller alone, who asks anew", "private, no-cache", "private, no-cache"),
+    "Link": (
+        "the next page, while more remain",
+        '</api/v1/nickname/doc?limit=2&offset=2>; rel="next"',
+        '<[!-~]+>; rel="next"',
+    ),
+    "X-Couchbase-Replica": ("from a replica, which may lag: the node of the document is down", "true", "true"),
+    "Content-Security-Policy": (
+        "what the body may do as a page",
+        "default-src 'none'; sandbox",
+        "default-src 'none'; .+",
+    ),
+    "WWW-Authenticate": ("the scheme", "Bearer", "Bearer"),
+    "Retry-After": ("after how many seconds to come back", "1", "[1-9][0-9]*"),
+    "Allow": ("the methods there are", "GET, HEAD", "GET, HEAD"),
+}
+
+
+def _headers(always: str, sometimes: str = "") -> _JSON:
+    """Describe the header fields of one answer, named with spaces between them. Every answer has two more."""
+    required = dict.fromkeys(f"X-Request-ID X-Content-Type-Options {always}".split(), True)
+    described = {}
+    for name in [*required, *sometimes.split()]:
+        description, example, pattern = _HEADER_FIELDS[name]
+        schema = {"type": "string", "pattern": f"^{pattern}$"}
+        described[name] = {
+            "required": name in required,
+            "description": description,
+            "schema": schema,
+            "example": example,
+        }
+    return described
+
+
+def _problem(status: int, detail: str, *, always: str = "", sometimes: str = "", reasons: Sequence[str] = ()) -> _JSON:
+    """Describe an answer that is a problem document, with `detail` for an example."""
+    example = json.loads(ProblemError(status, detail, reasons=reasons).document("3f9c2a-1d"))
+    return {
+        "description": HTTPStatus(status).phrase,
+        "headers": _headers(always, sometimes),
+        "content": {PROBLEM_TYPE: {"schema": _ref("schemas", "Problem"), "example": example}},
+    }
+
+
+def _route(name: str, tag: str, summary: str, answer: _JSON, statuses: Iterable[int] = (), *parameters: _JSON) -> _JSON:
+    """Describe one route.
+
+    Args:
+        name: of the operation.
+        tag: what it belongs to; all but `operation` want a token.
+        summary: what it is for.
+        answer: its 200.
+        statuses: what else it may answer, beside what any request may get.
+        *parameters: what it takes.
+    """
+    others = sorted({*statuses, 400, 408, 413, 414, 417, 431, 500, 503})
+    security: _JSON = {} if tag == "operation" else {"security": [{"bearer": []}, {"token": []}]}
+    return {
+        "get": {
+            "operationId": name,
+            "tags": [tag],
+            "summary": summary,
+            "parameters": [*parameters, _ref("parameters", "X-Request-ID")],
+            "responses": {"200": answer} | {str(status): _ref("responses", str(status)) for status in others},
+            **security,
+        }
+    }
+
+
+def _answer(description: str, media_type: str, body: _JSON, always: str = "", sometimes: str = "") -> _JSON:
+    """Describe a 200: its body (schema and example) and its header fields."""
+    return {"description": description, "headers": _headers(always, sometimes), "content": {media_type: body}}
+
+
+_PICTURE_EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+_PROFILE_EXAMPLE: _JSON = {
+    "record_id": 1,
+    "name": "Tina Walker",
+    "nickname": "doc",
+    "picture": 1,
+    "user_id": "twalker1",
+    "email": "tina.walker1@example.org",
+    "email_verified": True,
+    "first_name": "Tina",
+    "last_name": "Walker",
+    "address": "1334 Deanna Crossing Apt. 325",
+    "city": "Matthewbury",
+    "state": "IL",
+    "zip_code": "60872",
+    "phone": "+1-285-555-0143",
+    "date_of_birth": "1959-12-01",
+}
+_METRICS_SERVER: _JSON = {
+    "url": "http://{host}:{port}",
+    "description": "the metrics port",
+    "variables": {"host": {"default": "localhost"}, "port": {"default": "9090"}},
+}
+_NO_CONTROLS = r"^[^\x00-\x1f\x7f]+$"
+_RECORD_EXAMPLE: _JSON = {"record_id": 1, "type": "png", "image": _PICTURE_EXAMPLE}
+
+
+def _schemas() -> _JSON:
+    text, integer = {"type": "string"}, {"type": "integer"}
+    profile = {name: integer if isinstance(value, int) else text for name, value in _PROFILE_EXAMPLE.items()}
+    profile |= {
+        "picture": {**integer, "description": "the id of a picture"},
+        "user_id": {**text, "description": "the username"},
+        "email": {**text, "format": "email"},
+        "email_verified": {"type": "boolean"},
+        "date_of_birth": {**text, "format": "date"},
+    }
+    record = {
+        "record_id": integer,
+        "type": {**text, "description": f"of the media type image/…; usable if it matches `{_PICTURE_TYPE.pattern}`"},
+        "image": {**text, "contentEncoding": "base64"},
+    }
+    problem = {
+        "title": {**text, "description": "the status in words"},
+        "status": {**integer, "minimum": 400, "maximum": 599},
+        "detail": {**text, "description": "what went wrong, for the caller"},
+        "request_id": {**text, "description": "the same as in X-Request-ID"},
+        "reasons": {"type": "array", "items": text, "minItems": 1, "description": "why it is not ready"},
+    }
+    breakers = {name: {"enum": list(Breaker.STATES)} for name in ("key-value", "query")}
+    closed = {"type": "object", "additionalProperties": False}
+    stored = {"type": "object", "required": ["record_id"], "description": "As stored: nothing is changed or left out."}
+    return {
+        "Profile": {**stored, "properties": profile},
+        "PictureRecord": {**stored, "properties": record},
+        "Problem": {
+            **closed,
+            "description": "A problem document (RFC 9457).",
+            "required": ["title", "status", "detail", "request_id"],
+            "properties": problem,
+        },
+        "Alive": {**closed, "required": ["status"], "properties": {"status": {"const": "alive"}}},
+        "Ready": {
+            **closed,
+            "required": ["status", "breakers"],
+            "properties": {
+                "status": {"const": "ready"},
+                "breakers": {**closed, "required": list(breakers), "properties": breakers},
+            },
+        },
+    }
+
+
+def _responses() -> _JSON:
+    """Describe all answers but the 200s; below /api/ they also say that nobody else may keep them."""
+    private = "Cache-Control"
+    return {
+        "304": {
+            "description": "Not Modified: If-None-Match names the ETag",
+            "headers": _headers(f"{private} ETag", "X-Couchbase-Replica Content-Security-Policy"),
+        },
+        "400": _problem(400, f"limit must be one number from 1 to {MAX_LIMIT}", sometimes=private),
+        "401": _problem(401, "a valid bearer token is required", always=f"{private} WWW-Authenticate"),
+        "404": _problem(404, "no such document", sometimes=private),
+        "405": _problem(405, "POST is not supported", always="Allow", sometimes=private),
+        "408": _problem(408, "the request did not arrive in time", sometimes=private),
+        "413": _problem(413, f"the body is longer than {MAX_BODY_BYTES} bytes", sometimes=private),
+        "414": _problem(414, f"the target is longer than {MAX_TARGET_BYTES} bytes", sometimes=private),
+        "417": _problem(417, "the only expectation that can be met is 100-continue", sometimes=private),
+        "422": _problem(422, "the picture record has no usable type or base64 image", always=private),
+        "431": _problem(431, f"the head is longer than {MAX_HEAD_BYTES} bytes", sometimes=private),
+        "500": _problem(500, "unexpected failure", sometimes=private),
+        "503": _problem(503, "not ready", always="Retry-After", sometimes=private, reasons=["draining"]),
+        "504": _problem(504, "Couchbase did not answer in time", always=private),
+    }
+
+
+def _paths() -> _JSON:
+    def some(schema: str, example: _JSON, most: int = 1) -> _JSON:
+        listed = {"type": "array", "items": _ref("schemas", schema), "minItems": 1, "maxItems": most}
+        return {"schema": listed, "example": [example]}
+
+    def id_of(collection: str) -> _JSON:
+        longest = MAX_KEY_BYTES - len(f"{collection}:")
+        text = {"type": "string", "minLength": 1, "maxLength": longest, "pattern": _NO_CONTROLS}
+        return _parameter("id", "path", f"at most {longest} bytes of UTF-8, no control characters", "1", **text)
+
+    def name(field: str, example: str) -> _JSON:
+        return _parameter(field, "path", "matched exactly", example, type="string", minLength=1, pattern=_NO_CONTROLS)
+
+    def local(schema: _JSON, example: object) -> _JSON:
+        return {"schema": schema, "example": example}
+
+    private, tagged, replica = "Cache-Control", "Cache-Control ETag", "X-Couchbase-Replica"
+    unless, limit, offset = (_ref("parameters", name) for name in ("If-None-Match", "limit", "offset"))
+    profile, record = some("Profile", _PROFILE_EXAMPLE), some("PictureRecord", _RECORD_EXAMPLE)
+    page = _answer("one page", JSON_TYPE, some("Profile", _PROFILE_EXAMPLE, MAX_LIMIT), private, "Link")
+    alive = local(_ref("schemas", "Alive"), {"status": "alive"})
+    breakers = {"key-value": Breaker.CLOSED, "query": Breaker.CLOSED}
+    ready = local(_ref("schemas", "Ready"), {"status": "ready", "breakers": breakers})
+    text = {"type": "string"}
+    metrics = local(text, "# HELP couchbase_ready Whether Couchbase answers.\n# TYPE couchbase_ready gauge\n")
+    # fmt: off
+    return {
+        "/api/v1/id/{id}": _route(
+            "profile_by_id", "profiles", "The profile with this id",
+            _answer("the profile", JSON_TYPE, profile, tagged, replica), (304, 401, 404, 504), id_of(USERS), unless),
+        "/api/v1/nickname/{nickname}": _route(
+            "profiles_by_nickname", "profiles", "The profiles with this nickname, ordered by document id",
+            page, (401, 404, 504), name("nickname", "doc"), limit, offset),
+        "/api/v1/username/{username}": _route(
+            "profiles_by_username", "profiles", "The profiles with this username (user_id), ordered by document id",
+            page, (401, 404, 504), name("username", "twalker1"), limit, offset),
+        "/api/v1/picture/record/{id}": _route(
+            "picture_record", "pictures", "The record of a picture",
+            _answer("the record", JSON_TYPE, record, tagged, replica), (304, 401, 404, 504), id_of(IMAGES), unless),
+        "/api/v1/picture/raw/{id}": _route(
+            "picture", "pictures", "The picture itself",
+            _answer("the picture", "image/*", {}, f"{tagged} Content-Security-Policy", replica),
+            (304, 401, 404, 422, 504), id_of(IMAGES), unless),
+        "/healthz": _route(
+            "healthz", "operation", "Whether the process can answer", _answer("it can", JSON_TYPE, alive)),
+        "/readyz": _route(
+            "readyz", "operation", "Whether it can serve profiles; 503 with the reasons if it can't",
+            _answer("it can", JSON_TYPE, ready)),
+        "/metrics": {"servers": [_METRICS_SERVER]} | _route(
+            "metrics", "operation", "Prometheus' text format, on the metrics port; 404 on the other",
+            _answer("the metrics", "text/plain", metrics), (404,)),
+        "/openapi.json": _route(
+            "openapi", "operation", "This document",
+            _answer("OpenAPI 3.1", JSON_TYPE, local({"type": "object"}, {"openapi": "3.1.0"}))),
+        "/docs": _route(
+            "docs", "operation", "Swagger UI on this document",
+            _answer("a page", "text/html", local(text, "<!doctype html>"), "Content-Security-Policy")),
+    }
+    # fmt: on
+
+
+_DESCRIPTION = """User profiles and pictures out of Couchbase.
+
+`HEAD` works wherever `GET` does, `OPTIONS` says which methods there are, and any other method is answered 405 with
+`Allow`. Unknown query parameters are ignored. Errors are problem documents (RFC 9457). Every answer has an
+`X-Request-ID`: quote it to the operator. HTTP's own `Date`, `Content-Length` and `Connection` are not listed."""
+
+
+def _parameters() -> _JSON:
+    count = {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT}
+    start = {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET, "default": 0}
+    sane = f"returned, and logged, if it matches `{_SANE_REQUEST_ID.pattern}`; otherwise a new one is made"
+    rows = [
+        _parameter("limit", "query", "how many at most", DEFAULT_LIMIT, **count),
+        _parameter("offset", "query", "how many to leave out", 0, **start),
+        _parameter("If-None-Match", "header", "the ETag that the caller has", '"18a5c91f20b30000"', type="string"),
+        _parameter("X-Request-ID", "header", sane, "3f9c2a-1d", type="string"),
+    ]
+    return {row["name"]: row for row in rows}
+
+
+@functools.cache
+def openapi() -> bytes:
+    """Return the OpenAPI document as JSON; made once, as it stays the same."""
+    document = {
+        "openapi": "3.1.0",
+        "info": {"title": "User profiles", "version": __version__, "description": _DESCRIPTION},
+        "servers": [{"url": "/"}],
+        "tags": [
+            {"name": "profiles", "description": "for applications"},
+            {"name": "pictures", "description": "for applications"},
+            {"name": "operation", "description": "for Kubernetes, Prometheus and people"},
+        ],
+        "paths": _paths(),
+        "components": {
+            "schemas": _schemas(),
+            "responses": _responses(),
+            "parameters": _parameters(),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer TOKEN"},
+                "token": {"type": "apiKey", "in": "header", "name": "x-access-token", "description": "the same token"},
+            },
+        },
+    }
+    return json.dumps(document, ensure_ascii=False).encode()
+
+
 # ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
 
 JSON_TYPE, PROBLEM_TYPE = "application/json", "application/problem+json"
@@ -2256,6 +2623,11 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.send_local(b'{"status": "alive"}')
         elif path == "/readyz":
             self.send_readiness()
+        elif path == "/openapi.json":
+            self.send_local(openapi())
+        elif path == "/docs":
+            assets_url = self.server.settings.docs_assets_url
+            self.send_local(docs_page(assets_url), HTML_TYPE, docs_policy(assets_url))
         elif path == "/metrics" and self._internal:
             self.send_local(self.server.scrape(), "text/plain; version=0.0.4; charset=utf-8")
         else:
@@ -2350,10 +2722,10 @@ class ProfileHandler(BaseHTTPRequestHandler):
             links.append(f'Link: <{following}>; rel="next"')
         self.send(200, b"[%b]" % b",".join(rows[: page.limit]), JSON_TYPE, None, *links)
 
-    def send_local(self, body: bytes, content_type: str = JSON_TYPE) -> None:
+    def send_local(self, body: bytes, content_type: str = JSON_TYPE, *headers: str) -> None:
         """Answer with something that the process itself knows."""
         self.route = self.path.partition("?")[0]
-        self.send(200, body, content_type)
+        self.send(200, body, content_type, None, *headers)
 
     def send_readiness(self) -> None:
         """Answer whether requests for data are welcome.

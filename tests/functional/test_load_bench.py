@@ -1,0 +1,288 @@
+"""The benchmark itself: it measures, checks answers before it does, judges honestly, and says what is missing."""
+
+import csv
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.functional.conftest import COUNT
+from tests.load import __main__ as command_line
+from tests.load import bench_backend, bench_capacity, bench_charts, bench_check, bench_plan, bench_report
+from tests.load.bench_backend import Backend
+from tests.load.bench_report import Results
+from tests.service import ROOT, ServiceProcess, settings_for
+
+SCENARIOS = "by-id-32,wrong-token,nickname,picture,new-connection,latency-1ms-32,two-processes-32,other-log"
+LOAD = ROOT / "tests" / "load"
+JMETER_HOME = Path("/usr/share/jmeter")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the benchmark's command line."""
+    return subprocess.run(
+        [sys.executable, "-m", "tests.load", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="needs wrk (Debian's package wrk)")
+def test_it_measures_our_service(tmp_path: Path) -> None:
+    """One second of each scenario: every figure is there, nothing fails, and the pages and the chart are written."""
+    flags = ["--services", "ours", "--only", f"{SCENARIOS},sdk", "--seconds", "1", "--repeat", "1", "--warm-up", "0"]
+    done = run(*flags, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "services.json").read_text()
+    results = json.loads(text)
+    assert {row["scenario"].removesuffix("-32") for row in results["measurements"]} == {
+        name.removesuffix("-32") for name in SCENARIOS.split(",")
+    }
+    for row in results["measurements"]:
+        [figures] = row["rounds"]
+        assert figures["failures"] == 0, row
+        positive = ("requests_per_second", "p50_ms", "p99_ms", "p999_ms", "cpu_us", "resident_mb", "startup_ms")
+        assert all(figures[name] > 0 for name in positive), row
+    assert all(row["rounds"][0]["requests_per_second"] > 0 for row in results["sdk"])
+    assert str(Path.home()) not in text and str(ROOT) not in text and socket.gethostname() not in text
+    assert "| by id, 32 connections | micro_svc_demo |" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "services.svg").read_text().startswith("<?xml")
+    assert "| 1,000,000 |" in (tmp_path / "CAPACITY.md").read_text()
+    assert "| target | measured |" in done.stdout
+    assert "] micro_svc_demo, log on, by-id-32: " in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="needs wrk (Debian's package wrk)")
+def test_a_service_that_answers_otherwise_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That is an error, of exit code 1."""
+    monkeypatch.setattr(bench_check, "differences", lambda *_: ["profile 1: another body"])
+    code = command_line.main(["--services", "plain", "--only", "by-id-32", "--output", str(tmp_path)])
+    complaint = "HTTPServer, log off: it answers otherwise than micro_svc_demo, so it is not measured: profile 1"
+    assert code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m tests.load: {complaint}")
+    assert json.loads((tmp_path / "services.json").read_text())["measurements"] == []
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["--seconds", "0"], "must be a number from 1 to 600"),
+            (["--services", "nginx"], "there is no 'nginx'"),
+            (["--only", "nothing"], "there is no 'nothing'"),
+            (["--only", "by-id"], "needs --output"),
+            (["--quick"], "needs --output"),
+            (["--quick", "--full"], "not allowed with"),
+            (["--cluster", "--grid"], "need the emulator"),
+            (["--no-services"], "needs --grid or --growth"),
+            (["--unknown"], "--unknown"),
+        ],
+    )
+    def test_bad_input_is_one_line_and_2(
+        self, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as ended:
+            command_line.main(arguments)
+        [line] = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2
+        assert complaint in line
+
+    def test_a_missing_tool_is_one_line_and_2(self, tmp_path: Path) -> None:
+        done = run("--quick", "--output", str(tmp_path), PATH=str(tmp_path))
+        assert done.returncode == 2
+        assert done.stderr == "python -m tests.load: wrk is missing: Debian has it as the package wrk\n"
+
+    def test_no_results_is_one_line_and_2(self, tmp_path: Path) -> None:
+        done = run("--verdict", "--output", str(tmp_path))
+        assert (done.returncode, done.stderr) == (2, "python -m tests.load: there are no results yet\n")
+
+    def test_every_scenario_can_be_chosen(self) -> None:
+        """By its own name and by its group's."""
+        for name in bench_plan.NAMES:
+            if name != "sdk":
+                assert bench_plan.services_plan(("ours",), (name,))
+
+
+@pytest.fixture(scope="module")
+def backend(database: Any) -> Iterator[Backend]:
+    """The tests' database, used as a cluster of one's own would be."""
+    with bench_backend.cluster(settings_for(database)) as backend:
+        yield backend
+
+
+@pytest.fixture(scope="module")
+def alone(database: Any) -> Iterator[ServiceProcess]:
+    """Our service, with its own defaults."""
+    with ServiceProcess(settings_for(database)) as running:
+        yield running
+
+
+class TestCheck:
+    def test_equal_answers_pass(self, backend: Backend, alone: ServiceProcess) -> None:
+        reference = bench_check.answers(alone.port, backend)
+        assert bench_check.differences(alone.port, backend, reference) == []
+
+    def test_a_picture_has_the_size_that_is_measured(self, backend: Backend, alone: ServiceProcess) -> None:
+        answer = alone.get("/api/v1/picture/raw/bench-7", backend.token)
+        assert (answer.status, len(answer.body)) == (200, bench_plan.PICTURE_BYTES)
+
+    def test_differences_are_found(self, backend: Backend, alone: ServiceProcess) -> None:
+        """In status, body, media type, and each header."""
+        reference = bench_check.answers(alone.port, backend)
+        good = reference[0]
+        for changed, what in [
+            (good._replace(status=404), "status"),
+            (good._replace(body=b"[{}]"), "another body"),
+            (good._replace(headers=good.headers | {"content-type": "text/plain"}), "Content-Type"),
+            (good._replace(headers=good.headers | {"cache-control": "no-store"}), "cache-control"),
+            (good._replace(headers=good.headers | {"x-request-id": "other"}), "x-request-id"),
+            (good._replace(headers={k: v for k, v in good.headers.items() if k != "etag"}), "etag not expected"),
+        ]:
+            found = bench_check.differences(alone.port, backend, [changed, *reference[1:]])
+            assert any(line.startswith(f"profile 1: {what}") for line in found)
+
+    def test_a_service_that_is_gone_differs(self, backend: Backend, alone: ServiceProcess) -> None:
+        reference = bench_check.answers(alone.port, backend)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        assert len(bench_check.differences(port, backend, reference)) == len(reference)
+
+
+def measured(service: str, scenario: str, access_log: bool, **figures: float) -> dict[str, Any]:
+    """Return a row with three rounds, of which the median is what is given."""
+    base = {"requests_per_second": 1000.0, "p50_ms": 1.0, "p99_ms": 2.0, "p999_ms": 3.0, "failures": 0, "cpu_us": 50.0}
+    base |= {"bytes": 600.0, "resident_mb": 60.0, "startup_ms": 300.0}
+    base |= {"service_cores": 1.0, "database_cores": 0.1, "wrk_cores": 0.2, "other_cores": 0.0}
+    middle = base | figures
+    low = {name: value / 2 for name, value in middle.items()}
+    high = {name: value * 2 for name, value in middle.items()}
+    processes = 2 if scenario.startswith("two") else 1
+    row = {"service": service, "scenario": scenario, "access_log": access_log, "processes": processes}
+    return row | {
+        "connections": int(scenario.rpartition("-")[2]) if scenario != "picture" else 32,
+        "latency_ms": 0,
+        "documents": 1000,
+        "rounds": [high, low, middle],
+    }
+
+
+@pytest.fixture
+def part() -> dict[str, Any]:
+    """Made-up results in which our service is four times as fast as Express and costs a quarter."""
+    rows = []
+    for service, rate, cpu, memory in (("ours", 4000.0, 50.0, 60.0), ("express", 1000.0, 200.0, 150.0)):
+        for scenario in ("by-id-1", "by-id-32", "by-id-1000", "picture", "two-processes-32", "other-log-32"):
+            log = (service == "ours") != (scenario == "other-log-32")
+            figures = {"requests_per_second": rate, "cpu_us": cpu, "resident_mb": memory, "p99_ms": cpu, "p50_ms": cpu}
+            rows.append(measured(service, scenario, log, **figures))
+    rounds = [{"requests_per_second": rate, "cpu_us": 30.0} for rate in (5000.0, 3000.0, 8000.0)]
+    loop = {"loop": bench_report.SDK_CEILING, "threads": 8, "batch": 1, "rounds": rounds}
+    machine = {"processor": "P", "cores": 2, "memory_gb": 8.0, "kernel": "Linux"}
+    about = {"date": "2020-01-01", "backend": "the emulator", "seconds": 1, "repeat": 3, "machine": machine}
+    return about | {"versions": {"wrk": "4"}, "measurements": rows, "sdk": [loop]}
+
+
+class TestReport:
+    def test_median_and_spread(self, part: dict[str, Any]) -> None:
+        row = Results(part).row("ours", "by-id-32")
+        assert row is not None
+        assert bench_report.figure(row, "requests_per_second") == (4000.0, 2000.0, 8000.0)
+
+    def test_verdict(self, part: dict[str, Any]) -> None:
+        """Met, missed and not measured, each as it is."""
+        checks = {check.what: check for check in bench_report.verdict(Results(part))}
+        assert checks["requests/s by id, 32 connections, against Express"][1:] == ("≥ 2.50 ×", "4.00 ×", True)
+        assert checks["requests/s by id, 32 connections, against FastAPI"][2:] == ("not measured", None)
+        assert checks["CPU a request against Express"].met is True
+        assert checks["share of the SDK's own rate (plain gets, 8 threads)"][2:] == ("80%", False)
+        assert checks["two processes, requests/s at 32 connections"][2:] == ("4,000", False)
+        assert checks["1,000 connections, failures"].met is True
+        for row in part["measurements"]:
+            row["rounds"][1]["failures"] = 1  # in one round of three: the median would hide it
+        checks = {check.what: check for check in bench_report.verdict(Results(part))}
+        assert checks["1,000 connections, failures"].met is False
+
+    def test_tables_name_each_scenario_once(self, part: dict[str, Any]) -> None:
+        page = bench_report.document({"services": part})
+        assert page.count("| by id, 32 connections |") == 1
+        assert "4,000 (2,000–8,000)" in page
+        assert "on 2 cores of P" in page
+
+    def test_charts_are_the_same_bytes_each_time(self, part: dict[str, Any], tmp_path: Path) -> None:
+        growth = {"connections": part["measurements"][:2], "documents": part["measurements"][:1]}
+        for name in ("one", "two"):
+            bench_charts.services_chart(part, tmp_path / f"{name}.svg")
+            bench_charts.growth_chart(growth, tmp_path / f"{name}-growth.svg")
+        for suffix in (".svg", "-growth.svg"):
+            texts = [(tmp_path / f"{name}{suffix}").read_text() for name in ("one", "two")]
+            assert texts[0] == texts[1]
+            assert str(tmp_path) not in texts[0] and "<dc:date>" not in texts[0] and "/" + "usr" not in texts[0]
+
+    def test_capacity(self, part: dict[str, Any]) -> None:
+        """Of 4,000 requests/s a process and 50 µs, at most 60 % used."""
+        cost = bench_capacity.cost_of(Results(part), "ours")
+        assert cost is not None
+        assert (cost.pods(10_000), cost.pods(100_000)) == (5, 42)
+        assert cost.cores(100_000) == pytest.approx(8.33, abs=0.01)
+        assert (bench_capacity.nodes_for(10_000, 600), bench_capacity.nodes_for(1_000_000, 600)) == (1, 34)
+        assert bench_capacity.nodes_for(1_000_000, 60_000) == 80  # the network decides
+        page = bench_capacity.document(part)
+        assert "| 100,000 | 42 | 8.33 |" in page
+        assert "Express takes 4.0 × the cores" in page
+
+
+def run_program(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+def jmeter(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run JMeter without a window; Debian 12's, which opens no plan by itself, with what it lacks."""
+    program = shutil.which("jmeter")
+    if program is None:
+        pytest.skip("needs jmeter (Debian's packages jmeter and jmeter-http)")
+    if not list((JMETER_HOME / "lib" / "ext").glob("*http*.jar")) and JMETER_HOME.exists():
+        pytest.skip("needs JMeter's HTTP sampler (Debian's package jmeter-http)")
+    done = run_program([program, *arguments])
+    if "ForbiddenClassException" not in done.stdout + done.stderr:
+        return done
+    if shutil.which("javac") is None:
+        pytest.skip("this jmeter can open no plan at all (its XStream refuses), and mending that needs a JDK")
+    folders = [f"{JMETER_HOME}/bin/ApacheJMeter.jar", f"{JMETER_HOME}/lib/*", f"{JMETER_HOME}/lib/ext/*"]
+    java = ["java", f"-Djmeter.home={JMETER_HOME}", "-cp", ":".join(folders), str(LOAD / "JMeter.java")]
+    return run_program([*java, *arguments])
+
+
+def test_the_jmeter_plan_runs(database: Any, tmp_path: Path) -> None:
+    """For two seconds: both groups ask for what they should, at random, and every answer is 200."""
+    results, properties = tmp_path / "results.csv", tmp_path / "load.properties"
+    saved = "jmeter.save.saveservice."
+    plan = str(LOAD / "profiles.jmx")
+    with ServiceProcess(settings_for(database)) as service:
+        properties.write_text(
+            f"port={service.port}\ntoken={database.token}\nthreads=4\npicturethreads=1\nseconds=2\nids={COUNT}\n"
+            f"{saved}output_format=csv\n{saved}print_field_names=true\n{saved}url=true\n"
+        )
+        done = jmeter(["-n", "-t", plan, "-q", str(properties), "-l", str(results), "-j", str(tmp_path / "jmeter.log")])
+    assert done.returncode == 0 and results.exists(), done.stdout + done.stderr
+    with results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["responseCode"] for row in rows} == {"200"}
+    by_label: dict[str, set[str]] = {}
+    for row in rows:
+        by_label.setdefault(row["label"], set()).add(row["URL"])
+    assert set(by_label) == {"GET /api/v1/id/{random}", "GET /api/v1/picture/raw/{random}"}
+    assert all(len(urls) > 10 for urls in by_label.values())

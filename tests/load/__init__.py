@@ -1,0 +1,1 @@
+"""Load and measurements: commands that print tables, and the clients that they and the tests share."""

@@ -1,0 +1,330 @@
+"""What the figures say: medians and spread, the Markdown tables, and the verdict on the targets."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, PLAIN, THREADING, TITLES
+
+Part = dict[str, Any]
+"""One results file: `services`, `grid` or `growth`."""
+SDK_CEILING = "plain gets, 8 threads"
+SCENARIO_TITLES = {
+    "by-id": "by id",
+    "missing": "missing ids",
+    "wrong-token": "wrong token",
+    "nickname": "by nickname",
+    "picture": "raw pictures, 20 kB",
+    "new-connection": "by id, a new connection each",
+    "latency-1ms": "by id, database 1 ms away",
+    "latency-5ms": "by id, database 5 ms away",
+    "two-processes": "by id, two processes",
+    "other-log": "by id, the log the other way round",
+}
+
+
+class Figure(NamedTuple):
+    """What the rounds of one measurement say about one figure."""
+
+    median: float
+    low: float
+    high: float
+
+
+def figure(row: dict[str, Any], name: str) -> Figure:
+    """Return the median of a row's rounds, and the least and most."""
+    values = [each[name] for each in row["rounds"]]
+    return Figure(statistics.median(values), min(values), max(values))
+
+
+class Results:
+    """The services' part, to be asked for single figures."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._rows = {
+            (row["service"], row["access_log"], row["processes"], row["scenario"]): row
+            for row in part["measurements"]
+            if row["rounds"]
+        }
+        self._sdk = {row["loop"]: row for row in part["sdk"] if row["rounds"]}
+
+    def row(self, service: str, scenario: str) -> dict[str, Any] | None:
+        """Return the row of a scenario: of the one setup of the service that has it."""
+        found = [row for key, row in self._rows.items() if key[0] == service and key[3] == scenario]
+        return found[0] if found else None
+
+    def get(self, service: str, scenario: str, name: str) -> float | None:
+        """Return a median; None if it was not measured."""
+        row = self.row(service, scenario)
+        return None if row is None else figure(row, name).median
+
+    def most_failures(self, service: str, scenario: str) -> float | None:
+        """Return the failures of the worst round."""
+        row = self.row(service, scenario)
+        return None if row is None else figure(row, "failures").high
+
+    def sdk(self, name: str) -> float | None:
+        """Return the operations a second of one of the SDK's loops."""
+        return figure(self._sdk[name], "requests_per_second").median if name in self._sdk else None
+
+    def sdk_rows(self) -> list[dict[str, Any]]:
+        """Return the SDK's loops."""
+        return list(self._sdk.values())
+
+    def after_run_mb(self, service: str) -> float | None:
+        """Return how much memory the service held after the last scenario of its longest life."""
+        rows = [row for key, row in self._rows.items() if key[0] == service and key[2] == 1]
+        rows = [row for row in rows if row["scenario"] != "other-log-32"]
+        return figure(rows[-1], "resident_mb").median if rows else None
+
+    def services(self) -> list[str]:
+        """Return which services were measured, ours first."""
+        return [service for service in TITLES if any(key[0] == service for key in self._rows)]
+
+    def scenarios(self) -> list[str]:
+        """Return which scenarios were measured."""
+        return list(dict.fromkeys(key[3] for key in self._rows))
+
+
+# ── The verdict ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Check(NamedTuple):
+    """One target: what it is about, what it must be, what it is, and whether that is enough (None: not measured)."""
+
+    what: str
+    target: str
+    measured: str
+    met: bool | None
+
+
+def ratio(over: float | None, under: float | None) -> float | None:
+    """Divide, where both were measured."""
+    return None if over is None or not under else over / under
+
+
+def _at_least(what: str, value: float | None, least: float, text: Callable[[float], str]) -> Check:
+    measured = "not measured" if value is None else text(value)
+    return Check(what, f"≥ {text(least)}", measured, None if value is None else value >= least)
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} ×"
+
+
+def _lower(what: str, ours: float | None, theirs: float | None, unit: str, digits: int) -> Check:
+    if ours is None or theirs is None:
+        return Check(what, "lower", "not measured", None)
+    return Check(what, "lower", f"{ours:.{digits}f} against {theirs:.{digits}f} {unit}", ours < theirs)
+
+
+def verdict(results: Results) -> list[Check]:
+    """Compare medians with the targets.
+
+    Our service has everything on (access log, metrics, strict parsing) unless a row says otherwise; the others write
+    no log in either case, which is the stricter reading of the comparison.
+    """
+
+    def compared(
+        scenario: str, service: str, mine: str | None = None, name: str = "requests_per_second"
+    ) -> float | None:
+        return ratio(results.get(OURS, mine or scenario, name), results.get(service, scenario, name))
+
+    checks = []
+    for service, least, least_without_log in ((EXPRESS, 2.5, 3.5), (FASTAPI, 5.0, 6.5)):
+        title = TITLES[service]
+        on, off = compared("by-id-32", service), compared("by-id-32", service, "other-log-32")
+        checks.append(_at_least(f"requests/s by id, 32 connections, against {title}", on, least, _times))
+        checks.append(_at_least(f"the same with our log off, against {title}", off, least_without_log, _times))
+    ours = results.get(OURS, "by-id-32", "requests_per_second")
+    share = ratio(ours, results.sdk(SDK_CEILING))
+    checks.append(_at_least(f"share of the SDK's own rate ({SDK_CEILING})", share, 1.0, lambda value: f"{value:.0%}"))
+    failures = results.most_failures(OURS, "by-id-1000")
+    said = "not measured" if failures is None else f"{failures:.0f} in the worst round"
+    checks.append(Check("1,000 connections, failures", "0", said, None if failures is None else failures == 0))
+    p99 = [results.get(service, "by-id-1000", "p99_ms") for service in (OURS, EXPRESS)]
+    checks.append(_lower("1,000 connections, p99 against Express", p99[0], p99[1], "ms", 1))
+    kept = ratio(results.get(OURS, "by-id-1000", "requests_per_second"), ours)
+    checks.append(_at_least("requests/s at 1,000 connections against 32", kept, 0.9, lambda value: f"{value:.0%}"))
+    for service, most, text in ((EXPRESS, 1 / 3, "⅓"), (FASTAPI, 1 / 5, "⅕")):
+        value = compared("by-id-32", service, name="cpu_us")
+        said = "not measured" if value is None else f"1/{1 / value:.2f}"
+        met = None if value is None else value <= most
+        checks.append(Check(f"CPU a request against {TITLES[service]}", f"≤ {text}", said, met))
+    p50 = [results.get(service, "by-id-1", "p50_ms") for service in (OURS, EXPRESS)]
+    checks.append(_lower("latency of a single client, p50 against Express", p50[0], p50[1], "ms", 3))
+    for service in (EXPRESS, FASTAPI):
+        what = f"resident memory after the run against {TITLES[service]}"
+        checks.append(_lower(what, results.after_run_mb(OURS), results.after_run_mb(service), "MB", 0))
+    for service, least in ((EXPRESS, 2.0), (FASTAPI, 4.0)):
+        what = f"raw pictures, requests/s against {TITLES[service]}"
+        checks.append(_at_least(what, compared("picture", service), least, _times))
+    both = results.get(OURS, "two-processes-32", "requests_per_second")
+    checks.append(_at_least("two processes, requests/s at 32 connections", both, 12_000, lambda value: f"{value:,.0f}"))
+    return checks
+
+
+def verdict_lines(results: Results) -> list[str]:
+    """Return the verdict as a Markdown table."""
+    words = {True: "met", False: "**missed**", None: "not measured"}
+    lines = ["| | target | measured | |", "|---|---|---|---|"]
+    return lines + [
+        f"| {each.what} | {each.target} | {each.measured} | {words[each.met]} |" for each in verdict(results)
+    ]
+
+
+# ── The tables ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def title_of(scenario: str, connections: int) -> str:
+    """Say what a scenario is, for people."""
+    group = scenario.rstrip("0123456789").rstrip("-")
+    noun = "connection" if connections == 1 else "connections"
+    return f"{SCENARIO_TITLES.get(group, scenario)}, {connections:,} {noun}"
+
+
+def number(value: float) -> str:
+    """Write a number with about three digits."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def services_table(results: Results) -> list[str]:
+    """Return one line for each scenario and service, with the spread of the requests a second."""
+    head = "| scenario | service | requests/s (least–most) | p50 ms | p99 ms | p99.9 ms | failures | CPU µs | MB |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    for scenario in results.scenarios():
+        shown = ""
+        for service in results.services():
+            row = results.row(service, scenario)
+            if row is None:
+                continue
+            title = title_of(scenario, row["connections"])
+            rate = figure(row, "requests_per_second")
+            cells = [number(figure(row, name).median) for name in ("p50_ms", "p99_ms", "p999_ms")]
+            failures = figure(row, "failures").high
+            lines.append(
+                f"| {title if title != shown else ''} | {TITLES[service]}{_log_note(row)} | "
+                f"{rate.median:,.0f} ({rate.low:,.0f}–{rate.high:,.0f}) | {' | '.join(cells)} | {failures:,.0f} | "
+                f"{number(figure(row, 'cpu_us').median)} | {number(figure(row, 'resident_mb').median)} |"
+            )
+            shown = title
+    return lines
+
+
+def _log_note(row: dict[str, Any]) -> str:
+    if row["scenario"].startswith("other-log"):
+        return ", log on" if row["access_log"] else ", log off"
+    return ""
+
+
+def sdk_table(results: Results) -> list[str]:
+    """Return the SDK's own rates, and what part of the ceiling each service passes on."""
+    lines = ["| the SDK alone | operations/s (least–most) | CPU µs |", "|---|---|---|"]
+    for row in results.sdk_rows():
+        rate = figure(row, "requests_per_second")
+        spread = f"{rate.median:,.0f} ({rate.low:,.0f}–{rate.high:,.0f})"
+        lines.append(f"| {row['loop']} | {spread} | {number(figure(row, 'cpu_us').median)} |")
+    lines += ["", "| | share of plain gets | start-up ms | MB after the run |", "|---|---|---|---|"]
+    for service in results.services():
+        share = ratio(results.get(service, "by-id-32", "requests_per_second"), results.sdk(SDK_CEILING))
+        startup, memory = results.get(service, "by-id-32", "startup_ms"), results.after_run_mb(service)
+        cells = [f"{share:.0%}" if share else "–"] + [number(value) if value else "–" for value in (startup, memory)]
+        lines.append(f"| {TITLES[service]} | {' | '.join(cells)} |")
+    return lines
+
+
+def grid_table(part: Part) -> list[str]:
+    """Return requests/s (and p99) by document workers and batch size, a table for each latency and crowd."""
+    lines: list[str] = []
+    rows = [row for row in part["measurements"] if row["rounds"]]
+    for latency, connections in sorted({(row["latency_ms"], row["connections"]) for row in rows}):
+        cells = {
+            (row["document_workers"], row["batch_size"]): row
+            for row in rows
+            if (row["latency_ms"], row["connections"]) == (latency, connections)
+        }
+        workers, sizes = (sorted({key[place] for key in cells}) for place in (0, 1))
+        lines += [f"**{latency} ms away, {connections} connections: requests/s (p99 ms)**", ""]
+        lines += [
+            f"| workers | {' | '.join(f'batches of {size}' for size in sizes)} |",
+            "|---" * (len(sizes) + 1) + "|",
+        ]
+        for worker in workers:
+            texts = [_cell(cells.get((worker, size))) for size in sizes]
+            lines.append(f"| {worker} | {' | '.join(texts)} |")
+        lines.append("")
+    return lines[:-1]
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    return f"{figure(row, 'requests_per_second').median:,.0f} ({number(figure(row, 'p99_ms').median)})"
+
+
+def growth_table(part: Part) -> list[str]:
+    """Return how rate and p99 grow with connections and documents."""
+    lines: list[str] = []
+    for key, column in (("connections", "connections"), ("documents", "documents")):
+        rows = [row for row in part[key] if row["rounds"]]
+        services = [service for service in TITLES if any(row["service"] == service for row in rows)]
+        found = {(row["service"], row[column]): row for row in rows}
+        lines += [f"| {column} | {' | '.join(f'{TITLES[service]}: requests/s (p99 ms)' for service in services)} |"]
+        lines += ["|---" * (len(services) + 1) + "|"]
+        for count in sorted({row[column] for row in rows}):
+            lines.append(f"| {count:,} | {' | '.join(_cell(found.get((service, count))) for service in services)} |")
+        lines.append("")
+    return lines[:-1]
+
+
+def circumstances(part: Part) -> str:
+    """Say in a sentence or two on what, with what and when it was measured."""
+    machine, versions = part["machine"], part["versions"]
+    listed = ", ".join(f"{name} {text}" for name, text in versions.items())
+    return (
+        f"Measured on {part['date']} on {machine['cores']} cores of {machine['processor']} "
+        f"({machine['memory_gb']:.0f} GB, {machine['kernel']}), which service, wrk and database ({part['backend']}) "
+        f"share; {part['repeat']} × {part['seconds']} s each, medians.{_quietness(part)} {listed}."
+    )
+
+
+def _quietness(part: Part) -> str:
+    """Say how much others took from the machine, where that was measured."""
+    rows = [row for key in ("measurements", "connections", "documents") for row in part.get(key, ()) if row["rounds"]]
+    values = [figure(row, "other_cores").median for row in rows]
+    return f" Other processes used {statistics.median(values):.2f} cores meanwhile." if values else ""
+
+
+LEGEND = (
+    "micro_svc_demo runs with everything on: access log, metrics, strict parsing. The others write no log. CPU is the "
+    "processor time of the service's own processes by request, MB their resident memory at that point; failures are of "
+    "the worst round."
+)
+
+
+def document(parts: dict[str, Part]) -> str:
+    """Return the whole Markdown page of the results there are."""
+    lines = ["# Results", "", "Generated by `python -m tests.load` from the JSON files beside it.", ""]
+    if "services" in parts:
+        results = Results(parts["services"])
+        lines += [circumstances(parts["services"]), "", LEGEND, "", "![requests/s and p99](services.svg)", ""]
+        lines += ["## Targets", "", *verdict_lines(results), "", "## Services", "", *services_table(results), ""]
+        if {PLAIN, THREADING} & set(results.services()):
+            lines += [PLAIN_NOTE, ""]
+        lines += ["## The SDK alone", "", *sdk_table(results), ""]
+    if "grid" in parts:
+        lines += ["## Document workers and batch size", "", circumstances(parts["grid"]), ""]
+        lines += ["Our service with the log off.", "", *grid_table(parts["grid"]), ""]
+    if "growth" in parts:
+        lines += ["## Growth", "", circumstances(parts["growth"]), "", *growth_table(parts["growth"]), ""]
+        lines += ["![growth](growth.svg)", ""]
+    return "\n".join(lines)
+
+
+PLAIN_NOTE = (
+    "HTTPServer serves one client at a time and therefore closes after each answer (HTTP/1.0); ThreadingHTTPServer "
+    "keeps connections (HTTP/1.1), a thread each."
+)

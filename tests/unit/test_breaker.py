@@ -1,0 +1,266 @@
+"""The circuit breaker: its transitions as a table, the bounds of its pauses, and many threads at once."""
+
+import itertools
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import micro_svc_demo as service
+
+CLOSED, HALF_OPEN, OPEN = service.Breaker.STATES
+THRESHOLD = service.Breaker.threshold
+
+FAIL, SUCCEED, TRIP, ALLOWED, REFUSED = "fail", "succeed", "trip", "allowed", "refused"
+OLD_FAIL, OLD_SUCCEED = "an earlier call fails", "an earlier call succeeds"  # made before the state changed last
+
+# Each row: a name; then events as (seconds, event, the state after it). ALLOWED and REFUSED are calls of `allow`.
+# The jitter draws its upper bound, so that pauses are exactly 1, 2, 4, 8, 15, 15, … seconds.
+FOUR_FAILURES = [(0.0, FAIL, CLOSED)] * (THRESHOLD - 1)
+OPENED = [*FOUR_FAILURES, (0.0, FAIL, OPEN)]
+TRANSITIONS: dict[str, list[tuple[float, str, str]]] = {
+    "closed allows": [(0.0, ALLOWED, CLOSED), (1e6, ALLOWED, CLOSED)],
+    "success leaves it closed": [(0.0, SUCCEED, CLOSED), (0.0, ALLOWED, CLOSED)],
+    "four failures are not enough": [*FOUR_FAILURES, (0.0, ALLOWED, CLOSED)],
+    "five in a row open it": [*OPENED, (0.0, REFUSED, OPEN)],
+    "in a row: a success between starts the count again": [
+        *FOUR_FAILURES,
+        (0.0, SUCCEED, CLOSED),
+        *FOUR_FAILURES,
+        (0.0, FAIL, OPEN),
+    ],
+    "time does not forget failures": [*FOUR_FAILURES, (1e6, FAIL, OPEN)],
+    "open refuses until the pause is over": [*OPENED, (0.5, REFUSED, OPEN), (0.999, REFUSED, OPEN)],
+    "then one probe, and no second": [
+        *OPENED,
+        (1.0, ALLOWED, HALF_OPEN),
+        (1.0, REFUSED, HALF_OPEN),
+        (5.0, REFUSED, HALF_OPEN),
+    ],
+    "the probe's success closes": [*OPENED, (1.0, ALLOWED, HALF_OPEN), (1.1, SUCCEED, CLOSED), (1.1, ALLOWED, CLOSED)],
+    "once closed it takes five again": [
+        *OPENED,
+        (1.0, ALLOWED, HALF_OPEN),
+        (1.1, SUCCEED, CLOSED),
+        *[(1.2, FAIL, CLOSED)] * (THRESHOLD - 1),
+        (1.2, FAIL, OPEN),
+        (2.19, REFUSED, OPEN),
+        (2.2, ALLOWED, HALF_OPEN),
+    ],
+    "the probe's failure doubles the pause": [
+        *OPENED,
+        (1.0, ALLOWED, HALF_OPEN),
+        (1.5, FAIL, OPEN),
+        (3.49, REFUSED, OPEN),
+        (3.5, ALLOWED, HALF_OPEN),
+    ],
+    "up to 15 s": [
+        *OPENED,
+        (1.0, ALLOWED, HALF_OPEN),
+        (1.0, FAIL, OPEN),
+        (3.0, ALLOWED, HALF_OPEN),
+        (3.0, FAIL, OPEN),
+        (7.0, ALLOWED, HALF_OPEN),
+        (7.0, FAIL, OPEN),
+        (15.0, ALLOWED, HALF_OPEN),
+        (15.0, FAIL, OPEN),
+        (29.9, REFUSED, OPEN),
+        (30.0, ALLOWED, HALF_OPEN),
+        (30.0, FAIL, OPEN),
+        (44.9, REFUSED, OPEN),
+        (45.0, ALLOWED, HALF_OPEN),
+    ],
+    "failures change nothing while open": [
+        *OPENED,
+        *[(0.9, FAIL, OPEN), (0.9, OLD_FAIL, OPEN)] * 20,
+        (0.99, REFUSED, OPEN),
+        (1.0, ALLOWED, HALF_OPEN),
+    ],
+    "an earlier call's failure is not the probe's": [
+        *OPENED,
+        (1.0, ALLOWED, HALF_OPEN),
+        *[(1.1, OLD_FAIL, HALF_OPEN)] * 9,
+        (1.2, REFUSED, HALF_OPEN),
+        (1.3, FAIL, OPEN),
+        (3.29, REFUSED, OPEN),
+        (3.3, ALLOWED, HALF_OPEN),
+    ],
+    "nor is its success": [
+        *OPENED,
+        (0.5, OLD_SUCCEED, OPEN),
+        (1.0, ALLOWED, HALF_OPEN),
+        (1.1, OLD_SUCCEED, HALF_OPEN),
+        (1.2, SUCCEED, CLOSED),
+    ],
+    "nor does either count once it is closed": [
+        *OPENED,
+        (1.0, ALLOWED, HALF_OPEN),
+        (1.2, SUCCEED, CLOSED),
+        *[(1.3, OLD_FAIL, CLOSED)] * 9,
+        (1.4, ALLOWED, CLOSED),
+    ],
+    "a lost probe is replaced": [
+        *OPENED,
+        (1.0, ALLOWED, HALF_OPEN),
+        (30.9, REFUSED, HALF_OPEN),
+        (31.0, ALLOWED, HALF_OPEN),
+    ],
+    "a node known to be down opens it at once": [(0.0, TRIP, OPEN), (0.9, REFUSED, OPEN), (1.0, ALLOWED, HALF_OPEN)],
+    "known to be down while open changes nothing": [*OPENED, (0.9, TRIP, OPEN), (1.0, ALLOWED, HALF_OPEN)],
+    "known to be down leaves a probe its chance": [
+        (0.0, TRIP, OPEN),
+        (1.0, ALLOWED, HALF_OPEN),
+        (1.1, TRIP, HALF_OPEN),
+    ],
+    "success after having been known to be down closes": [(0.0, TRIP, OPEN), (0.5, SUCCEED, CLOSED)],
+}
+
+
+def largest(_low: float, high: float) -> float:
+    """Stand in for the jitter: no randomness."""
+    return high
+
+
+def run(breaker: service.Breaker, seconds: float, event: str) -> None:
+    """Do one event of the table."""
+    if event in {FAIL, OLD_FAIL}:
+        breaker.failed(seconds if event == FAIL else -1.0, seconds)
+    elif event in {SUCCEED, OLD_SUCCEED}:
+        breaker.succeeded(seconds if event == SUCCEED else -1.0)
+    elif event == TRIP:
+        breaker.trip(seconds)
+    else:
+        assert breaker.allow(seconds) == (event == ALLOWED)
+
+
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_transitions(name: str) -> None:
+    """Each event leads to the state that the table says, and the listener hears each change once."""
+    changes: list[str] = []
+    expected: list[str] = []
+    breaker = service.Breaker(changes.append, largest)
+    state = CLOSED
+    for number, (seconds, event, after) in enumerate(TRANSITIONS[name]):
+        run(breaker, seconds, event)
+        assert breaker.state == after, f"event {number}: {event} at {seconds}"
+        if after != state:
+            expected.append(after)
+        state = after
+    assert [change for number, change in enumerate(changes) if not number or changes[number - 1] != change] == expected
+
+
+def test_the_listener_hears_a_state_when_it_is_there() -> None:
+    """Whoever is told of a change sees it in the breaker, too."""
+    seen: list[tuple[str, str]] = []
+    breaker = service.Breaker(lambda state: seen.append((state, breaker.state)), largest)
+    for seconds, event, _ in TRANSITIONS["the probe's success closes"]:
+        run(breaker, seconds, event)
+    assert seen == [(OPEN, OPEN), (HALF_OPEN, HALF_OPEN), (CLOSED, CLOSED)]
+
+
+def test_jitter_shortens_each_pause_by_a_fifth_at_most() -> None:
+    """Nothing is let through before 80 % of the pause, something always after all of it; and the draws do differ."""
+    for pause, failed_probes in ((1.0, 0), (2.0, 1), (4.0, 2), (8.0, 3), (15.0, 4), (15.0, 9)):
+        allowed_at = set()
+        for seed in range(50):
+            breaker = service.Breaker(lambda _: None, random.Random(seed).uniform)
+            for _ in range(THRESHOLD):
+                breaker.failed(0.0, 0.0)
+            now = 0.0
+            for _ in range(failed_probes):
+                now += 100.0
+                assert breaker.allow(now)
+                breaker.failed(now, now)
+            assert not breaker.allow(now + 0.799 * pause)
+            steps = (now + pause * (0.8 + 0.005 * step) for step in range(41))
+            allowed_at.add(next(at for at in steps if breaker.allow(at)) - now)
+        assert max(allowed_at) <= pause + 1e-6
+        assert max(allowed_at) - min(allowed_at) > 0.1 * pause
+
+
+def test_real_breakers_of_replicas_do_not_probe_in_step() -> None:
+    """Without a jitter of its own each breaker draws another pause."""
+    moments = set()
+    for _ in range(20):
+        breaker = service.Breaker(lambda _: None)
+        breaker.trip(0.0)
+        moments.add(next(step for step in range(1001) if breaker.allow(step / 1000)))
+    assert len(moments) > 10
+    assert min(moments) >= 800
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 0.99, 1.0, 5.0])
+def test_retry_after_is_a_whole_second_at_least(seconds: float) -> None:
+    breaker = service.Breaker(lambda _: None, largest)
+    breaker.trip(0.0)
+    assert breaker.retry_after_seconds(seconds) == 1
+
+
+def test_retry_after_follows_the_pause() -> None:
+    """It never says more than the longest pause, and while a probe is under way not more than is worth waiting."""
+    breaker = service.Breaker(lambda _: None, largest)
+    breaker.trip(0.0)
+    now = 0.0
+    for before, pause in itertools.pairwise((1, 2, 4, 8, 15, 15)):
+        now += 100.0
+        assert breaker.allow(now)
+        assert breaker.retry_after_seconds(now) <= before
+        breaker.failed(now, now)
+        assert breaker.retry_after_seconds(now) == pause
+        assert breaker.retry_after_seconds(now + pause - 0.5) == 1
+
+
+def test_of_many_threads_exactly_one_probes() -> None:
+    """However many ask at the moment that the pause ends; again and again."""
+    threads, rounds = 16, 200
+    breaker = service.Breaker(lambda _: None, largest)
+    breaker.trip(0.0)
+    together = threading.Barrier(threads)
+
+    def ask(now: float) -> bool:
+        together.wait(10)
+        return breaker.allow(now)
+
+    with ThreadPoolExecutor(threads) as pool:
+        now = 0.0
+        for _ in range(rounds):
+            now += 100.0
+            assert sum(pool.map(ask, [now] * threads)) == 1
+            assert breaker.state == HALF_OPEN
+            breaker.failed(now, now)
+
+
+def test_of_many_failures_at_once_one_opens_it() -> None:
+    """The listener hears of it once, and the pause is the first one."""
+    threads = 16
+    changes: list[str] = []
+    breaker = service.Breaker(changes.append, largest)
+    together = threading.Barrier(threads)
+
+    def fail(_: int) -> None:
+        together.wait(10)
+        breaker.failed(0.0, 0.0)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fail, range(threads)))
+    assert changes == [OPEN]
+    assert not breaker.allow(0.99)
+    assert breaker.allow(1.0)
+
+
+def test_of_many_successes_at_once_one_closes_it() -> None:
+    threads = 16
+    changes: list[str] = []
+    breaker = service.Breaker(changes.append, largest)
+    breaker.trip(0.0)
+    assert breaker.allow(1.0)
+    together = threading.Barrier(threads)
+
+    def succeed(_: int) -> None:
+        together.wait(10)
+        breaker.succeeded(1.0)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(succeed, range(threads)))
+    assert changes == [OPEN, HALF_OPEN, CLOSED]

@@ -1,0 +1,342 @@
+"""The failure map: what each exception of the SDK means to the caller, and what the operator reads about it."""
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from couchbase import exceptions as cb
+
+import micro_svc_demo as service
+
+CLASSES = sorted(
+    {kind for _, kind in inspect.getmembers(cb, inspect.isclass) if issubclass(kind, cb.CouchbaseException)},
+    key=lambda kind: kind.__name__,
+)
+
+# What the caller gets, and whether the breaker counts it. "outage" speaks of the service, "request" of this request.
+EXPECTED: dict[str, tuple[int, str]] = {
+    "DocumentNotFoundException": (404, "request"),
+    "AmbiguousTimeoutException": (504, "outage"),
+    "UnAmbiguousTimeoutException": (504, "outage"),
+    "TimeoutException": (504, "outage"),
+    "AuthenticationException": (503, "outage"),
+    "BucketDoesNotExistException": (503, "outage"),
+    "BucketNotFoundException": (503, "outage"),
+    "DocumentUnretrievableException": (503, "outage"),
+    "HTTPException": (503, "outage"),
+    "InternalServerFailureException": (503, "outage"),
+    "MissingConnectionException": (503, "outage"),
+    "QuotaLimitedException": (503, "outage"),
+    "RateLimitedException": (503, "outage"),
+    "RequestCanceledException": (503, "outage"),
+    "ServiceUnavailableException": (503, "outage"),
+    "TemporaryFailException": (503, "outage"),
+    "DocumentLockedException": (503, "request"),
+    "CollectionNotFoundException": (500, "request"),
+    "KeyspaceNotFoundException": (500, "request"),
+    "QueryIndexNotFoundException": (500, "request"),
+    "ScopeNotFoundException": (500, "request"),
+    "ValueFormatException": (500, "request"),
+    # what nothing but a mistake in this program, in the SDK or in the server brings about
+    "CasMismatchException": (500, "request"),  # what the SDK makes of an "exists" in answer to a get
+    "CouchbaseException": (500, "request"),
+    "FeatureUnavailableException": (500, "request"),
+    "InternalSDKException": (500, "request"),
+    "InvalidArgumentException": (500, "request"),
+    "ParsingFailedException": (500, "request"),
+    "UnsuccessfulOperationException": (500, "request"),
+    "UnsupportedOperation": (500, "request"),
+}
+
+# Why the others cannot come of a get, a lookup of one path, a read-only query or a connect.
+NEVER: dict[str, tuple[str, ...]] = {
+    "analytics": (
+        "AnalyticsLinkExistsException",
+        "AnalyticsLinkNotFoundException",
+        "DatasetAlreadyExistsException",
+        "DatasetNotFoundException",
+        "DataverseAlreadyExistsException",
+        "DataverseNotFoundException",
+    ),
+    "creating and dropping buckets, scopes, collections, indexes, users and groups": (
+        "BucketAlreadyExistsException",
+        "BucketNotFlushableException",
+        "CollectionAlreadyExistsException",
+        "FeatureNotFoundException",
+        "GroupNotFoundException",
+        "InvalidIndexException",
+        "QueryIndexAlreadyExistsException",
+        "ScopeAlreadyExistsException",
+        "UserNotFoundException",
+        "WatchQueryIndexTimeoutException",
+    ),
+    "field-level encryption": (
+        "CryptoException",
+        "CryptoKeyNotFoundException",
+        "DecrypterAlreadyExistsException",
+        "DecrypterNotFoundException",
+        "DecryptionFailureException",
+        "EncrypterAlreadyExistsException",
+        "EncrypterNotFoundException",
+        "EncryptionFailureException",
+        "InvalidCipherTextException",
+        "InvalidCryptoKeyException",
+    ),
+    "eventing": (
+        "EventingFunctionAlreadyDeployedException",
+        "EventingFunctionCollectionNotFoundException",
+        "EventingFunctionCompilationFailureException",
+        "EventingFunctionIdenticalKeyspaceException",
+        "EventingFunctionNotBootstrappedException",
+        "EventingFunctionNotDeployedException",
+        "EventingFunctionNotFoundException",
+        "EventingFunctionNotUnDeployedException",
+    ),
+    "search and views": ("DesignDocumentNotFoundException", "NoChildrenException", "SearchIndexNotFoundException"),
+    "transactions": (
+        "TransactionCommitAmbiguous",
+        "TransactionException",
+        "TransactionExpired",
+        "TransactionFailed",
+        "TransactionOperationFailed",
+    ),
+    "writing, locking and counting": (
+        "DeltaInvalidException",
+        "DocumentExistsException",
+        "DocumentNotLockedException",
+        "DurabilityImpossibleException",
+        "DurabilityInvalidLevelException",
+        "DurabilitySyncWriteAmbiguousException",
+        "DurabilitySyncWriteInProgressException",
+        "InvalidValueException",
+        "MissingTokenException",
+        "MutationTokenOutdatedException",
+        "NumberTooBigException",
+    ),
+    "range scans": ("RangeScanCompletedException",),
+    "the SDK's data structures": ("QueueEmpty",),
+    "a result that is iterated twice": ("AlreadyQueriedException",),
+    "sub-document operations, of which `read_token` does the only one and knows their failures": (
+        "DocumentNotJsonException",
+        "PathExistsException",
+        "PathInvalidException",
+        "PathMismatchException",
+        "PathNotFoundException",
+        "PathTooBigException",
+        "PathTooDeepException",
+        "ValueTooDeepException",
+    ),
+}
+
+
+def test_every_exception_of_the_sdk_is_accounted_for() -> None:
+    """A class that a new SDK brings fails here until somebody says what it means; so does one that is gone."""
+    listed = [*EXPECTED, *(name for names in NEVER.values() for name in names)]
+    assert sorted(listed) == [kind.__name__ for kind in CLASSES]
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in CLASSES if kind.__name__ in EXPECTED], ids=lambda kind: kind.__name__
+)
+def test_the_row_of_each(kind: type[Exception]) -> None:
+    status, counts = EXPECTED[kind.__name__]
+    failure = service.failure_of(kind())
+    assert (failure.status, failure.outage) == (status, counts == "outage")
+    assert failure.detail
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in CLASSES if kind.__name__ not in EXPECTED], ids=lambda kind: kind.__name__
+)
+def test_what_cannot_come_is_an_unexpected_failure_if_it_comes(kind: type[Exception]) -> None:
+    assert service.failure_of(kind.__new__(kind)) is service.UNEXPECTED
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), RuntimeError("the cluster is closed"), KeyError("k"), OSError(5, "io")]
+)
+def test_other_exceptions_are_unexpected_failures(error: Exception) -> None:
+    assert service.failure_of(error).status == 500
+    assert not service.failure_of(error).outage
+
+
+def test_no_row_is_out_of_reach() -> None:
+    """The first row that fits counts: each class stands in one row, and none is behind a base class of its own."""
+    earlier: list[type[Exception]] = []
+    for row in service.FAILURES:
+        for kind in row.exceptions:
+            assert not any(issubclass(kind, before) for before in earlier)
+        earlier += row.exceptions
+
+
+# ---- what is logged and answered ----
+
+
+@pytest.fixture
+def read_log() -> Iterator[tuple[service.Log, Callable[[], list[dict[str, Any]]]]]:
+    """A log, and a function that returns its lines."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+
+    def lines() -> list[dict[str, Any]]:
+        try:
+            text = os.read(reading, 1 << 16).decode()
+        except BlockingIOError:
+            text = ""
+        return [json.loads(line) for line in text.splitlines()]
+
+    yield service.Log("debug", descriptor=writing), lines
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.fixture
+def store(read_log) -> service.ProfileStore:
+    """A store that is connected to nothing."""
+    environment = {"COUCHBASE_HOST": "db", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"}
+    return service.ProfileStore(service.read_settings([], environment), read_log[0], service.Metrics(1))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_problem_of_each(store: service.ProfileStore, read_log, name: str) -> None:
+    """The caller learns the status and nothing of the insides; the log has one line, but for a document that is not."""
+    status, _ = EXPECTED[name]
+    problem = store.problem(getattr(cb, name)(), "get")
+    assert problem.status == status
+    assert any(header.startswith("Retry-After: ") for header in problem.headers) == (status == 503)
+    body = json.loads(problem.document("an-id"))
+    assert body["status"] == status
+    assert "Exception" not in body["detail"]
+    lines = read_log[1]()
+    if status == 404:
+        assert lines == []
+        return
+    [line] = lines
+    assert (line["message"], line["operation"]) == ("couchbase failure", "get")
+    assert name in line["error"]
+    assert (line["level"] == "error") == ("advice" in line)
+
+
+def code(number: int) -> Exception:
+    """Return a query's failure as the SDK has it for a code that it has no class for."""
+
+    class Coded(cb.CouchbaseException):
+        error_context = type("Context", (), {"_get_base": lambda _self: {"first_error_code": number}})()
+        message = "Streaming operation failed"
+
+    return Coded()
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (cb.QueryIndexNotFoundException(), "CREATE INDEX"),
+        (code(4000), "CREATE INDEX"),
+        (cb.CollectionNotFoundException(), "tests.sample_data"),
+        (cb.ScopeNotFoundException(), "tests.sample_data"),
+        (cb.KeyspaceNotFoundException(), "tests.sample_data"),
+        (code(12003), "tests.sample_data"),
+        (cb.BucketNotFoundException(), "tests.sample_data"),
+        (cb.AuthenticationException(), "COUCHBASE_USER"),
+        (cb.ValueFormatException(), "JSON"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_the_operator_is_told_what_to_do(store: service.ProfileStore, read_log, error: Exception, advice: str) -> None:
+    store.problem(error, "query")
+    [line] = read_log[1]()
+    assert advice in line["advice"]
+    assert line["level"] == "error"
+
+
+def test_the_advice_for_a_missing_index_are_statements_for_both(store: service.ProfileStore, read_log) -> None:
+    store.problem(cb.QueryIndexNotFoundException(), "query")
+    [line] = read_log[1]()
+    assert line["advice"].count("CREATE INDEX") == 2
+    assert "nickname" in line["advice"] and "user_id" in line["advice"]
+
+
+class Unspeakable(cb.UnAmbiguousTimeoutException):
+    """A failure that cannot even be printed: each of its texts raises."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+    @property
+    def message(self) -> str:
+        raise AttributeError("no message")
+
+    @property
+    def error_context(self) -> Any:
+        raise TypeError("no context")
+
+
+class UnspeakableError(Exception):
+    """The same, of no class of the SDK."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_an_exception_whose_text_raises_does_not_hurt(store: service.ProfileStore, read_log) -> None:
+    """It has its status by its class, and its class is what the log says."""
+    assert store.problem(Unspeakable(), "get").status == 504
+    assert store.problem(UnspeakableError(), "get").status == 500
+    assert [line["error"] for line in read_log[1]()] == ["Unspeakable", "UnspeakableError"]
+
+
+def test_an_exception_whose_text_raises_is_answered_by_the_store(store: service.ProfileStore, read_log) -> None:
+    """Through `get`, `get_many` and `query`, as the SDK would raise it."""
+
+    class Failing:
+        def __getattr__(self, _name: str) -> Callable[..., Any]:
+            def fail(*_args: object, **_options: object) -> Any:
+                raise Unspeakable
+
+            return fail
+
+    store._collections = {service.USERS: Failing()}
+    store._scope = Failing()
+    with pytest.raises(service.ProblemError) as got:
+        store.get(service.USERS, "user_data:1")
+    assert got.value.status == 504
+    many = store.get_many(service.USERS, ["user_data:1", "user_data:2"])
+    assert [problem.status for problem in many.values() if isinstance(problem, service.ProblemError)] == [504, 504]
+    with pytest.raises(service.ProblemError) as queried:
+        store.query(service.PROFILES_BY_NICKNAME, {})
+    assert queried.value.status == 504
+    assert {line["error"] for line in read_log[1]()} == {"Unspeakable"}
+
+
+# ---- which node has which key ----
+
+
+def config(owners: list[list[int]], nodes: int = 2) -> dict[str, Any]:
+    """Return a bucket's configuration, as far as it is read."""
+    return {"vBucketServerMap": {"serverList": [f"n{node}:11210" for node in range(nodes)], "vBucketMap": owners}}
+
+
+def test_keys_belong_to_the_vbucket_that_couchbase_says() -> None:
+    """CRC-32 of the key, its upper half less the sign, modulo the number of vBuckets: as the server does it."""
+    every = service.parse_node_map(config([[vbucket] for vbucket in range(1024)], nodes=1024))
+    assert [every.node(key) for key in ("", "a", "user_data:1", "user_data:é")] == [0, 183, 664, 217]
+
+
+def test_replicas_are_seen_where_there_are_any() -> None:
+    assert not service.parse_node_map(config([[0], [1]])).replicas
+    assert not service.parse_node_map(config([[0, -1], [1, -1]])).replicas
+    assert service.parse_node_map(config([[0, 1], [1, -1]])).replicas
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, [], {}, {"vBucketServerMap": None}, {"vBucketServerMap": {}}, config([]), config([[]]), config([["x"]])],
+)
+def test_what_is_no_configuration_is_refused(wrong: Any) -> None:
+    with pytest.raises((KeyError, TypeError, ValueError, IndexError)):
+        service.parse_node_map(wrong)
