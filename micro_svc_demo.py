@@ -1602,6 +1602,7 @@ class ProfileStore:
     check_seconds = 2.0  # between two background checks
     check_timeout = timedelta(seconds=1)
     probe_timeout = timedelta(milliseconds=250)
+    adhoc_seconds = 60.0
     trouble_seconds = 5.0  # without a key-value failure, until documents are fetched in batches again
 
     def __init__(self, settings: Settings, log: Log, metrics: Metrics) -> None:
@@ -1623,6 +1624,7 @@ class ProfileStore:
         self._token_read_at = 0.0
         self._unanswered = ""  # why the last background check was not answered
         self._answering_nodes = 0  # how many did when it was not: the token's node may be the only one that is down
+        self._adhoc_until = 0.0
         self.suspicion = threading.Event()  # set to have the next check at once
 
     def _breaker(self, service: str) -> Breaker:
@@ -1805,6 +1807,8 @@ class ProfileStore:
 
     def check(self) -> None:
         """Look whether Couchbase is well and the token still the same: the background check."""
+        if self.troubled:
+            self._look_at_nodes()
         breaker, started = self._node_breaker(TOKEN_KEY), time.monotonic()
         try:
             self.read_token(self.check_timeout)
@@ -1816,12 +1820,11 @@ class ProfileStore:
                 self._log.event("warning", "the background check is not answered", error=describe(error))
             self._unanswered = describe(error)
             self._failed(breaker, started)
-            if isinstance(error, cb.AuthenticationException):
-                self._renew_password()
+            self._renew_password()  # a wrong one looks like a time-out: the SDK tries to sign in again and again
         else:
             self._unanswered = ""
         if self.troubled:
-            self._look_at_nodes()
+            self._read_node_map()  # nodes may have changed their parts
 
     def _renew_password(self) -> None:
         """Take a password that has been changed from its file again, without a restart."""
@@ -1839,7 +1842,6 @@ class ProfileStore:
 
         Each is asked for a document that does not exist, in the way that requests ask.
         """
-        self._read_node_map()
         node_map, users = self._node_map, self._collections[USERS]
         endpoints = self._cluster.diagnostics().endpoints.get(ServiceType.KeyValue, [])
         lost = any(endpoint.state != EndpointState.Connected for endpoint in endpoints)
@@ -1995,7 +1997,7 @@ class ProfileStore:
         if not breaker.allow(now):
             raise unavailable(_OUT_OF_REACH, seconds=breaker.retry_after_seconds(now))
         options = QueryOptions(
-            adhoc=False,
+            adhoc=now < self._adhoc_until,
             read_only=True,
             named_parameters=parameters,
             timeout=timedelta(seconds=timeout_seconds or self.query_timeout_seconds),
@@ -2014,6 +2016,15 @@ class ProfileStore:
         self._done("query", statement, now, "ok")
         breaker.succeeded(now)
         return rows
+
+    def give_up_query(self, started: float, now: float) -> None:
+        """Take note of a query that the SDK has not given back.
+
+        What makes it wait for ever is a server that has forgotten a prepared statement and says so twice: for a minute
+        statements are not prepared, as each such query costs a thread for good.
+        """
+        self.query_breaker.failed(started, now)
+        self._adhoc_until = now + self.adhoc_seconds
 
     def problem(self, error: Exception, operation: str) -> ProblemError:
         """Say what a failure of the SDK means to the caller, and tell the operator what to do about it."""
@@ -3131,7 +3142,7 @@ class ProfileServer(ThreadingHTTPServer):
         for handler, work in list(self._running.items()):
             if handler.started < latest and self._take_from_running(handler):
                 self.log.event("error", "a query is overdue; its worker is given up", route=handler.route)
-                self.store.query_breaker.failed(handler.started, now)
+                self.store.give_up_query(handler.started, now)
                 self._start_worker(self._queries, self._answer_query)
                 self._refuse(work, ProblemError(504, "Couchbase did not answer in time"))
         if self._running or len(self._queries):
