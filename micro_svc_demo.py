@@ -40,6 +40,7 @@ import selectors
 import signal
 import socket
 import ssl
+import stat
 import sys
 import threading
 import time
@@ -331,18 +332,35 @@ class Log:
 
     LEVELS = ("debug", "info", "warning", "error")
 
-    def __init__(self, level: str = "info", *, access: bool = True, descriptor: int = 1, worker: int = 0) -> None:
+    stall_ms = 100  # how long a full pipe is waited for, once
+
+    def __init__(
+        self, level: str = "info", *, access: bool = True, descriptor: int = 1, worker: int = 0, shared: bool = False
+    ) -> None:
+        """Open the log.
+
+        Args:
+            level: the least that is written.
+            access: whether answered requests are.
+            descriptor: where to.
+            worker: the number of this worker process, part of each line.
+            shared: whether other processes write there too; then no write is larger than a pipe keeps whole.
+        """
         self.access = access and level in {"debug", "info"}
         self.debug = level == "debug"
         self.worker = worker
         self.dropped = 0  # lines, since the start of this process
         self._lock = threading.Lock()
-        self._descriptor = descriptor
-        self._stalled = False
         self._least = self.LEVELS.index(level)
-        self._poll = select.poll() if hasattr(select, "poll") else None
-        if self._poll:
-            self._poll.register(descriptor, select.POLLOUT)
+        self._rest = b""  # of a line that has been written in part
+        self._stalled = False
+        self._descriptor, self._most = descriptor, 1 << 30
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            self._most = PIPE_BYTES if shared else self._most
+            with contextlib.suppress(
+                OSError
+            ):  # Linux: a description of one's own, so that nobody else's gets non-blocking
+                self._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
 
     def event(self, level: str, message: str, **details: object) -> None:
         """Write one event; `details` become members. Values are escaped by JSON, so none can forge a line."""
@@ -355,6 +373,44 @@ class Log:
                 )
             self.lines([text[: MAX_LINE_BYTES - 1] + "\n"])
 
+    def requests(self, handlers: Sequence[ProfileHandler]) -> None:
+        """Write a line for each answered request of a batch.
+
+        They share the time: formatting it for each took 3 of the 11 µs that a line cost, what does not change within
+        the batch another 4. Every value is from a closed set or has been checked for its characters: nothing needs
+        escaping.
+        """
+        stamp, lines = CLOCK.rfc3339(), []
+        constant: dict[tuple[str, str, int], str] = {}
+        operation, spent = None, ""
+        for handler in handlers:
+            key = (handler.route, handler.command, handler.status)
+            head = constant.get(key)
+            if head is None:
+                quiet = handler.route in QUIET_ROUTES
+                head = (
+                    ""
+                    if quiet and not self.debug
+                    else (
+                        f'{{"time": "{stamp}", "level": "{"debug" if quiet else "info"}", "message": "request", '
+                        f'"worker": {self.worker}, "method": "{handler.command or "-"}", '
+                        f'"route": "{handler.route or "-"}", "status": {handler.status}, "request_id": "'
+                    )
+                )
+                constant[key] = head
+            if not head:
+                continue
+            if handler.operation is not operation:
+                operation = handler.operation
+                spent = f', "couchbase_ms": {operation.seconds * 1000:.3f}' if operation else ""
+            traced = trace_id(handler.headers["traceparent"]) if "traceparent" in handler.headers else ""
+            lines.append(
+                f'{head}{handler.request_id}", "bytes": {len(handler.response)}, '
+                f'"duration_ms": {handler.seconds * 1000:.3f}, "client": "{handler.client}"{spent}'
+                + (f', "trace_id": "{traced}"}}\n' if traced else "}\n")
+            )
+        self.lines(lines)
+
     def lines(self, lines: list[str]) -> None:
         """Write whole lines, several with one system call.
 
@@ -362,23 +418,35 @@ class Log:
         A closed one stops nobody.
         """
         data = "".join(lines).encode()
-        with self._lock:  # a poll object serves one thread at a time
+        with self._lock:
             while data:
-                end = len(data) if len(data) <= PIPE_BYTES else data.rfind(b"\n", 0, PIPE_BYTES) + 1 or len(data)
+                end = len(data) if len(data) <= self._most else data.rfind(b"\n", 0, self._most) + 1 or len(data)
                 self._write(data[:end])
                 data = data[end:]
 
-    def _write(self, chunk: bytes) -> None:
-        # a pipe that polls as writable takes PIPE_BUF bytes at once and whole; after a loss nobody waits again
+    def _write(self, lines: bytes) -> None:
+        """Write what is left of a line that has been begun, then these; what a full pipe does not take is dropped."""
+        data = self._rest + lines
+        written = self._put(data)
+        if written < len(data) and not self._stalled:
+            poll = select.poll()
+            poll.register(self._descriptor, select.POLLOUT)
+            poll.poll(self.stall_ms)
+            written += self._put(data[written:])
+        left = data[written:]
+        self._stalled = bool(left)
+        begun = data[written - 1 : written] != b"\n" if written else bool(self._rest)
+        cut = left.find(b"\n") + 1 if begun else 0
+        self._rest = left[:cut]
+        self.dropped += left.count(b"\n", cut)
+
+    def _put(self, data: bytes) -> int:
         try:
-            if self._poll is None or self._poll.poll(0 if self._stalled else 100):
-                os.write(self._descriptor, chunk)
-                self._stalled = False
-                return
-            self._stalled = True
-        except OSError:  # closed
-            pass
-        self.dropped += chunk.count(b"\n")
+            return os.write(self._descriptor, data)
+        except BlockingIOError:
+            return 0
+        except OSError:  # closed: there is nobody to miss it
+            return len(data)
 
 
 def describe(error: BaseException) -> str:
@@ -969,6 +1037,7 @@ _GAUGE_COLUMNS = [COLUMNS[key] for family in FAMILIES if family.kind == "gauge" 
 _IN_MICROSECONDS = frozenset(("process_cpu_seconds_total",))
 _PER_PROCESS = ("process_cpu_seconds_total", "log_lines_dropped_total")  # begin at 0 in each new process
 _FIRST_BUCKET = str(BUCKETS[0])
+_SUM = len(BUCKETS) + 1  # behind the first bucket: the others, +Inf, and then the sum
 
 
 class Metrics:
@@ -1012,7 +1081,7 @@ class Metrics:
 
     def _observe(self, seconds: float, first: int) -> None:
         self._own[first + bisect.bisect_left(BUCKETS, seconds)] += 1
-        self._own[first + len(BUCKETS) + 1] += int(seconds * 1e6)
+        self._own[first + _SUM] += int(seconds * 1e6)
 
     def operation(self, done: Operation) -> None:
         """Count a finished Couchbase operation."""
@@ -1022,6 +1091,7 @@ class Metrics:
 
     def answers(self, handlers: Iterable[ProfileHandler]) -> None:
         """Count the answers of a whole batch under one lock."""
+        own, waited_us = self._own, 0
         with self._lock:
             for handler in handlers:
                 where = _ANSWER_COLUMNS.get((handler.route, handler.command, handler.status))
@@ -1029,9 +1099,13 @@ class Metrics:
                     route = handler.route if handler.route in ROUTES else "other"
                     command = handler.command if handler.command in METHODS else "other"
                     where = _ANSWER_COLUMNS[route, command, handler.status]
-                self._own[where[0]] += 1
-                self._observe(handler.seconds, where[1])
-                self._observe(handler.queue_seconds, _QUEUE_COLUMN)
+                count, first = where
+                own[count] += 1
+                own[first + bisect.bisect_left(BUCKETS, handler.seconds)] += 1
+                own[first + _SUM] += int(handler.seconds * 1e6)
+                own[_QUEUE_COLUMN + bisect.bisect_left(BUCKETS, handler.queue_seconds)] += 1
+                waited_us += int(handler.queue_seconds * 1e6)
+            own[_QUEUE_COLUMN + _SUM] += waited_us
 
     def clear_gauges(self, row: int) -> None:
         """Forget what a worker that has died last said of itself; its counters stay."""
@@ -1123,10 +1197,10 @@ class Operation(NamedTuple):
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
-def trace_id(traceparent: str | None) -> str:
+def trace_id(traceparent: str) -> str:
     """Return the trace id of a W3C traceparent, or nothing if it is none."""
-    found = _TRACEPARENT.fullmatch(traceparent) if traceparent else None
-    return found[1] if found and not (traceparent or "").startswith("ff") else ""
+    found = _TRACEPARENT.fullmatch(traceparent)
+    return found[1] if found and not traceparent.startswith("ff") else ""
 
 
 def start_tracing(environ: Mapping[str, str]) -> Any:
@@ -2515,7 +2589,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
     # What is not known yet, as class attributes: an instance is made for each request, and most never change.
     server: ProfileServer
     headers: Mapping[str, str] = MappingProxyType({})  # type: ignore[assignment]  # the base's are an email.message.Message
-    command = path = query = route = client = request_id = log_line = ""
+    command = path = query = route = client = request_id = ""
     request_version = "HTTP/1.1"
     response = b""
     status = 0
@@ -2793,25 +2867,13 @@ class ProfileHandler(BaseHTTPRequestHandler):
         )
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Keep the access log's line for this answer; the worker writes the lines of its whole batch at once."""
-        server, log = self.server, self.server.log
+        """Note what log, metrics and traces will say of this answer; `Log.requests` writes the line, once a batch."""
+        server = self.server
         self.seconds = time.monotonic() - self.started
         if server.settings.trusted_proxies:
             self.client = client_behind(server.settings.trusted_proxies, self.client, self.headers)
         if server.tracer:
             record_spans(server.tracer, self, server.namespace)
-        if not log.access or (self.route in QUIET_ROUTES and not log.debug):
-            return
-        more = f', "couchbase_ms": {self.operation.seconds * 1000:.3f}' if self.operation else ""
-        if traced := trace_id(self.headers.get("traceparent")):
-            more = f'{more}, "trace_id": "{traced}"'
-        # every value is from a closed set or has been checked for its characters: nothing needs escaping
-        self.log_line = (
-            f'{{"time": "{CLOCK.rfc3339()}", "level": "info", "message": "request", "worker": {log.worker}, '
-            f'"request_id": "{self.request_id}", "method": "{self.command or "-"}", "route": "{self.route or "-"}", '
-            f'"status": {code}, "bytes": {size}, "duration_ms": {self.seconds * 1000:.3f}, '
-            f'"client": "{self.client}"{more}}}\n'
-        )
 
 
 def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, str]) -> str:
@@ -3530,7 +3592,8 @@ class ProfileServer(ThreadingHTTPServer):
     def _account(self, handlers: Sequence[ProfileHandler]) -> None:
         """Count and log answers that have been sent."""
         self.metrics.answers(handlers)
-        self.log.lines([handler.log_line for handler in handlers])
+        if self.log.access:
+            self.log.requests(handlers)
 
     def _reply(self, work: Work, response: bytes) -> None:
         """Send an answer; what the socket will not take at once is left to the loop."""
@@ -3749,7 +3812,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         print(f"micro_svc_demo: {error}", file=sys.stderr)
         return 2
-    log = Log(settings.log_level, access=settings.access_log)
+    log = Log(settings.log_level, access=settings.access_log, shared=settings.workers > 1)
     shared = [port for port in (settings.port, settings.metrics_port) if port and is_taken(port)]
     try:
         metrics = Metrics(settings.workers)

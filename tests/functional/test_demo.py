@@ -198,7 +198,7 @@ def test_what_is_printed_works_and_ctrl_c_ends_it(run_demo: Any, tmp_path: Path)
         "Profiles by username:": [profile(1)],
         "A picture's record:": [picture(1)],
         "Whether it is alive:": {"status": "alive"},
-        "Whether it is ready:": {"status": "ready"},
+        "Whether it is ready:": {"status": "ready", "breakers": {"key-value": "closed", "query": "closed"}},
     }
     assert demo.stop(signal.SIGINT) == 0
     assert demo.errors().splitlines() == [

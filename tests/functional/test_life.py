@@ -247,6 +247,8 @@ class TestWorkers:
     @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to find the workers")
     def test_a_worker_that_dies_is_replaced(self, database) -> None:
         with ServiceProcess(settings_for(database) | {"WORKERS": "2"}) as service:
+            for _ in range(2):
+                service.wait_for("ready")
             before = self.children(service)
             assert len(before) == 2
             os.kill(min(before), signal.SIGKILL)

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import tempfile
 import threading
 import time
 from urllib.parse import quote
@@ -138,13 +139,12 @@ class TestClock:
 
 class TestLog:
     def read(self, level: str, *events: tuple[str, str, str]) -> list[str]:
-        reading, writing = os.pipe()
-        log = service.Log(level, descriptor=writing)
-        for least, message, text in events:
-            log.event(least, message, text=text)
-        os.close(writing)
-        with os.fdopen(reading, encoding="utf-8") as file:
-            return file.readlines()
+        with tempfile.TemporaryFile() as file:
+            log = service.Log(level, descriptor=file.fileno())
+            for least, message, text in events:
+                log.event(least, message, text=text)
+            file.seek(0)
+            return file.read().decode().splitlines(keepends=True)
 
     def test_a_value_cannot_forge_a_line(self) -> None:
         lines = self.read("info", ("info", "m", 'a\r\n{"level": "error"}\x1b[31m'))
@@ -170,16 +170,33 @@ class TestLog:
 
         def read() -> None:
             with os.fdopen(reading, encoding="utf-8") as file:
-                received.extend(file)
+                received.extend(itertools.islice(file, 2000))
 
         reader = threading.Thread(target=read)
         reader.start()
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda number: log.event("info", "m", number=number), range(2000)))
-        os.close(writing)
         reader.join(30)
+        os.close(writing)
         assert sorted(json.loads(line)["number"] for line in received) == list(range(2000))
         assert log.dropped == 0
+
+    def test_a_full_pipe_loses_whole_lines_only(self) -> None:
+        """What is read later are whole lines, in order; each that is missing is counted."""
+        reading, writing = os.pipe()
+        log = service.Log(descriptor=writing)
+        log.stall_ms = 0
+        lines = [f"{number:05d}{'x' * 94}\n" for number in range(2000)]  # 200 kB; a pipe holds 64 KiB
+        for start in range(0, 1000, 7):
+            log.lines(lines[start : start + 7])
+        first = os.read(reading, 30_000)
+        log.lines(lines[1500:1600])
+        received = (first + os.read(reading, 1 << 20)).decode().splitlines(keepends=True)
+        assert received == sorted(set(received) & set(lines))
+        assert len(received) + log.dropped == 1001 + 100
+        assert received[-1] > lines[1500]
+        os.close(reading)
+        os.close(writing)
 
     def test_an_exception_whose_str_raises_is_described(self) -> None:
         class Broken(Exception):

@@ -1,0 +1,247 @@
+"""Clients that keep asking while things go wrong, and note when each answer came and how long it took."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import h11
+
+CLIENT_SECONDS = 8.0  # until a client gives up: far above every deadline, so that a late answer is seen as late
+RECEIVE_BYTES = 65_536
+
+
+class Record(NamedTuple):
+    """One answer: which path, when it was asked for (monotonic seconds), and what came after how long.
+
+    Status 0: no whole answer came, and `body` says why.
+    """
+
+    path: str
+    started: float
+    seconds: float
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Client:
+    """One connection, made when it is needed and again when the server has closed it."""
+
+    def __init__(self, port: int) -> None:
+        """Prepare to ask the server at this port of 127.0.0.1."""
+        self._port = port
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def get(self, path: str, token: str | None = None) -> Record:
+        """Send one GET and note its answer; the time is from before connecting until the last byte."""
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(CLIENT_SECONDS):
+                reply = await self._exchange(path, token)
+        except (OSError, EOFError, TimeoutError, h11.RemoteProtocolError) as error:
+            self.close()
+            reply = 0, {}, repr(error).encode()
+        return Record(path, started, time.monotonic() - started, *reply)
+
+    async def _exchange(self, path: str, token: str | None) -> tuple[int, dict[str, str], bytes]:
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = self._streams
+        authorization = f"Authorization: Bearer {token}\r\n" if token else ""
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: a\r\n{authorization}\r\n".encode("latin-1"))
+        parser = h11.Connection(h11.CLIENT)
+        parser.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
+        parser.send(h11.EndOfMessage())
+        status, headers, body = 0, {}, []
+        while True:
+            event = parser.next_event()
+            if event is h11.NEED_DATA:
+                data = await reader.read(RECEIVE_BYTES)
+                parser.receive_data(data)
+                if not data and not status:
+                    raise EOFError("closed without an answer")
+            elif isinstance(event, h11.Response):
+                status = event.status_code
+                headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
+            elif isinstance(event, h11.Data):
+                body.append(bytes(event.data))
+            elif isinstance(event, h11.EndOfMessage):
+                break
+            else:
+                raise EOFError(f"cut off: {event}")
+        if headers.get("connection") == "close":
+            self.close()
+        return status, headers, b"".join(body)
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        if self._streams is not None:
+            self._streams[1].transport.abort()
+            self._streams = None
+
+
+@dataclass
+class Load:
+    """Clients that ask, in a thread of their own, until the block ends; `records` has the answers as they come.
+
+    With a `rate` it is open: so many requests a second, however long the answers take. Without, it is closed: each of
+    the `clients` asks again as soon as it has its answer.
+
+    Args:
+        port: the service's.
+        paths: what to ask for, in turn.
+        token: what to be authorised with, asked for with each request.
+        clients: of a closed load.
+        rate: requests a second of an open one.
+    """
+
+    port: int
+    paths: Iterator[str]
+    token: Callable[[], str]
+    clients: int = 1
+    rate: float | None = None
+    records: list[Record] = field(default_factory=list)
+    lag_seconds: float = 0.0  # the worst delay of this thread itself: what no server is to blame for
+
+    def __enter__(self) -> Self:
+        """Start asking."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop, and wait for the last answers."""
+        self._stop.set()
+        self._thread.join(2 * CLIENT_SECONDS)
+        assert not self._thread.is_alive()
+
+    def since(self, moment: float, until: float = float("inf")) -> list[Record]:
+        """Return what was asked for from one moment up to another (monotonic seconds)."""
+        return [record for record in list(self.records) if moment <= record.started < until]
+
+    async def _run(self) -> None:
+        idle: list[Client] = []
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_lag())
+            if self.rate is None:
+                for _ in range(self.clients):
+                    group.create_task(self._keep_asking())
+            else:
+                due = time.monotonic()
+                while not self._stop.is_set():
+                    group.create_task(self._ask_once(idle))
+                    due += 1 / self.rate
+                    await asyncio.sleep(max(0.0, due - time.monotonic()))
+        for client in idle:
+            client.close()
+        await asyncio.sleep(0.01)  # the loop closes what has been aborted in its next rounds
+
+    async def _watch_lag(self) -> None:
+        async for _, seconds in lags():
+            self.lag_seconds = max(self.lag_seconds, seconds)
+            if self._stop.is_set():
+                break
+
+    async def _keep_asking(self) -> None:
+        client = Client(self.port)
+        while not self._stop.is_set():
+            self.records.append(await client.get(next(self.paths), self.token()))
+        client.close()
+
+    async def _ask_once(self, idle: list[Client]) -> None:
+        client = idle.pop() if idle else Client(self.port)
+        self.records.append(await client.get(next(self.paths), self.token()))
+        idle.append(client)
+
+
+async def lags() -> AsyncIterator[tuple[float, float]]:
+    """Yield, a hundred times a second, the moment (monotonic seconds) and how late this thread was woken for it."""
+    while True:
+        started = time.monotonic()
+        await asyncio.sleep(0.01)
+        yield started, time.monotonic() - started - 0.01
+
+
+def allowance(lag_seconds: float) -> float:
+    """Return what an answer may be late by on a machine that is so busy: client, service and emulator all take part."""
+    return 3 * lag_seconds
+
+
+class Answers(list[Record]):
+    """Answers in the order of the questions, and how late the client itself was at worst while it waited."""
+
+    lag_seconds: float = 0.0
+
+
+def ask_at_once(port: int, paths: Sequence[str], token: str) -> Answers:
+    """Ask for all of these at the same time, each on a connection of its own."""
+
+    async def watch(answers: Answers) -> None:
+        async for _, seconds in lags():
+            answers.lag_seconds = max(answers.lag_seconds, seconds)
+
+    async def run() -> Answers:
+        answers = Answers()
+        clients = [Client(port) for _ in paths]
+        for client in clients:  # connected, so that all requests leave at once
+            await client.get("/healthz")
+        watcher = asyncio.create_task(watch(answers))
+        questions = zip(clients, paths, strict=True)
+        answers += await asyncio.gather(*(client.get(path, token) for client, path in questions))
+        watcher.cancel()
+        for client in clients:
+            client.close()
+        return answers
+
+    return asyncio.run(run())
+
+
+def wait_until(condition: Callable[[], object], seconds: float, what: str) -> float:
+    """Wait for a condition that nothing announces; return after how many seconds it held.
+
+    Raises:
+        AssertionError: it does not hold in time.
+    """
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() < started + seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def by_status(records: Iterable[Record]) -> dict[int, int]:
+    """Count answers by status."""
+    counts: dict[int, int] = {}
+    for record in records:
+        counts[record.status] = counts.get(record.status, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+@contextlib.contextmanager
+def polling(get: Callable[[], int], pause_seconds: float = 0.05) -> Iterator[list[tuple[float, int]]]:
+    """Note a status again and again, as (monotonic seconds when asked, status), while the block runs."""
+    seen: list[tuple[float, int]] = []
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.is_set():
+            moment = time.monotonic()
+            seen.append((moment, get()))
+            stop.wait(pause_seconds)
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join(30)
+        assert not thread.is_alive()

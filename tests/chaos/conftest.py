@@ -1,0 +1,115 @@
+"""An emulator whose faults are used, and the service in front of it with short time-outs."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.chaos.clients import wait_until
+from tests.chaos.scenes import Scene
+from tests.emulator.process import EmulatorProcess
+from tests.service import ROOT, ServiceProcess, settings_for
+
+TOKEN = "chaos-tests"
+PROFILES, PICTURES = 200, 20
+TIMEOUT_SECONDS, QUERY_TIMEOUT_SECONDS = 0.4, 0.6
+SHORT = {
+    "COUCHBASE_TIMEOUT_MS": str(round(TIMEOUT_SECONDS * 1000)),
+    "COUCHBASE_QUERY_TIMEOUT_MS": str(round(QUERY_TIMEOUT_SECONDS * 1000)),
+}
+PATIENCE_MS = 5000
+GRACE_SECONDS = 0.1  # what an answer may take beyond its time-out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_with_the_emulator() -> None:
+    """Nothing here is for a cluster of somebody's own."""
+    if os.environ.get("COUCHBASE_TEST_HOST"):
+        pytest.skip("needs the emulator's faults, and COUCHBASE_TEST_HOST names a real cluster")
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[EmulatorProcess]:
+    """The emulator."""
+    with EmulatorProcess(profiles=PROFILES, pictures=PICTURES, token=TOKEN) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def started(running: EmulatorProcess) -> Iterator[ServiceProcess]:
+    """The service, in front of it."""
+    with ServiceProcess(settings_for(running) | SHORT) as process:
+        yield process
+
+
+@pytest.fixture
+def database(running: EmulatorProcess) -> Iterator[EmulatorProcess]:
+    """The emulator; its faults end with the test, and so do the connections on which an answer is due in minutes."""
+    yield running
+    endless = any(fault.get("ms", 0) > PATIENCE_MS for fault in running.faults()["active"])
+    running.clear()
+    if endless:
+        running.fault("drop")
+
+
+@pytest.fixture
+def service(database: EmulatorProcess, started: ServiceProcess) -> ServiceProcess:
+    """The service, well again after what the test before has done to it."""
+
+    def well() -> bool:
+        answers = (started.get("/api/v1/id/1", TOKEN), started.get("/api/v1/nickname/nobody", TOKEN))
+        return [answer.status for answer in answers] == [200, 404]
+
+    wait_until(well, 20, "well after the test before")
+    started.wait_until_ready()
+    return started
+
+
+SOAK_SECONDS = 60
+SOAK = ("-m", "tests.chaos.soak", "--seconds", str(SOAK_SECONDS), "--rate", "100", "--seed", "1")
+MEASURED, SOAKED = "test_documents_do_not_notice", "test_soak.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what compares speeds first, while nothing else runs; then what waits; last, what has run beside all that."""
+
+    def turn(item: pytest.Item) -> int:
+        if "tests/chaos/" not in item.nodeid:
+            return 0
+        if MEASURED in item.nodeid:
+            return 1
+        return 2 + int(getattr(getattr(item, "module", None), "RUNS_LAST", 0))
+
+    items.sort(key=turn)
+
+
+@pytest.fixture(scope="session")
+def soak() -> Iterator["subprocess.Popen[str]"]:
+    """The soak, under way in the background."""
+    process = subprocess.Popen(  # noqa: S603 - the interpreter itself
+        [sys.executable, *SOAK], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    yield process
+    process.kill()
+    process.wait(10)
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+@pytest.fixture(autouse=True)
+def everything_at_once(request: pytest.FixtureRequest) -> None:
+    """Start the soak and the scenes with the first test that does not compare speeds, if the soak is to be run."""
+    if MEASURED in request.node.nodeid:
+        return
+    if any(SOAKED in item.nodeid for item in request.session.items):
+        request.getfixturevalue("soak")
+    Scene.begin()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def last_scene() -> Iterator[None]:
+    """Leave no scene behind."""
+    yield
+    Scene.end()

@@ -1,0 +1,47 @@
+"""Scenes: what takes long because it waits, played side by side in the background, each with its own emulator."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+AT_ONCE = 3  # on the two processors of a small machine: each scene costs a second of starting, then mostly waits
+
+Outcome = TypeVar("Outcome")
+
+
+class Scene(Generic[Outcome]):
+    """One scene; it is known as soon as its module is imported, and played when the first test wants a scene.
+
+    Args:
+        play: does it.
+        *arguments: of `play`.
+    """
+
+    _all: list["Scene[Any]"] = []  # noqa: RUF012 - the register of all scenes, shared on purpose
+    _pool: ThreadPoolExecutor | None = None
+
+    def __init__(self, play: Callable[..., Outcome], *arguments: Any) -> None:
+        """Register it."""
+        self._play = play
+        self._arguments = arguments
+        self._future: Future[Outcome]
+        Scene._all.append(self)
+
+    def outcome(self, seconds: float = 110.0) -> Outcome:
+        """Return what has come of it, or raise what it raised; TimeoutError if it is not done in time."""
+        Scene.begin()
+        return self._future.result(seconds)
+
+    @staticmethod
+    def begin() -> None:
+        """Start to play all scenes that there are, if that has not been done."""
+        if Scene._pool is None:
+            Scene._pool = ThreadPoolExecutor(AT_ONCE)
+            for scene in Scene._all:
+                scene._future = Scene._pool.submit(scene._play, *scene._arguments)
+
+    @staticmethod
+    def end() -> None:
+        """Wait for those under way, and play no more."""
+        if Scene._pool is not None:
+            Scene._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,120 @@
+"""Bulkheads: frozen queries cost documents nothing, nobody queues for long, one failing document holds up no other."""
+
+import itertools
+import statistics
+import time
+from typing import NamedTuple
+
+from tests.chaos.clients import Load, ask_at_once, by_status
+from tests.chaos.conftest import TOKEN
+from tests.emulator.process import EmulatorProcess
+from tests.service import ServiceProcess, settings_for
+
+IDS = [f"/api/v1/id/{number}" for number in range(1, 101)]
+LOOKUP = "/api/v1/nickname/nobody"
+WORKERS = 8  # the default of THREADS
+PATIENCE_SECONDS = 0.25
+SLICE_SECONDS, SETTLE_SECONDS = 0.6, 0.2
+ROUNDS = 9
+
+
+class Slice(NamedTuple):
+    """What was measured for a moment: answers a second, and the time that 99 % of them took at most."""
+
+    rate: float
+    tail_seconds: float
+
+
+def measure(load: Load) -> Slice:
+    """Look at a load for a moment, when the one before is over; every answer must be right."""
+    time.sleep(SETTLE_SECONDS)
+    started = time.monotonic()
+    time.sleep(SLICE_SECONDS)
+    ended = time.monotonic()
+    answers = load.since(started, ended)
+    assert by_status(answers).keys() == {200}
+    tail = statistics.quantiles((record.seconds for record in answers), n=100)[98]
+    return Slice(len(answers) / (ended - started), tail)
+
+
+def test_documents_do_not_notice_frozen_queries() -> None:
+    """Their throughput is within 20 % and their p99 within twice of what they have without.
+
+    Slices without and with the freeze take turns. Each with is compared with the two without around it, so that what
+    else the machine does meanwhile falls on both sides; what counts is the median of these comparisons.
+    """
+    slices: list[Slice] = []
+    with (
+        EmulatorProcess(profiles=200, pictures=5, token=TOKEN) as database,
+        ServiceProcess(settings_for(database) | {"ACCESS_LOG": "false"}) as service,
+        Load(service.port, itertools.cycle(IDS), lambda: TOKEN, clients=8) as load,
+        Load(service.port, itertools.repeat(LOOKUP), lambda: TOKEN, rate=20) as lookups,
+    ):
+        measure(load)
+        for _ in range(ROUNDS):
+            slices.append(measure(load))
+            database.fault("freeze", service="query")
+            slices.append(measure(load))
+            database.clear()
+        slices.append(measure(load))
+    assert {503, 504} & set(by_status(lookups.records)), "the freeze was not felt at all"
+    rates, tails = [], []
+    for number in range(1, len(slices), 2):
+        before, frozen, after = slices[number - 1 : number + 2]
+        rates.append(frozen.rate / ((before.rate + after.rate) / 2))
+        tails.append(frozen.tail_seconds / ((before.tail_seconds + after.tail_seconds) / 2))
+    assert statistics.median(rates) > 0.8, rates
+    assert statistics.median(tails) < 2, tails
+
+
+def test_no_query_waits_long_for_a_worker(database: EmulatorProcess, service: ServiceProcess) -> None:
+    """With every worker stuck, the next queries get 503 after 250 ms, and not before; the stuck ones their 504."""
+    database.fault("freeze", service="query")
+    records = ask_at_once(service.port, [LOOKUP] * (2 * WORKERS), TOKEN)
+    refused = [record for record in records if record.status == 503]
+    assert by_status(records) == {503: WORKERS, 504: WORKERS}
+    for record in refused:
+        assert PATIENCE_SECONDS <= record.seconds < PATIENCE_SECONDS + 0.1
+        assert record.headers["retry-after"] == "1"
+        assert b"overloaded" in record.body
+
+
+def test_a_short_queue_is_no_refusal(database: EmulatorProcess, service: ServiceProcess) -> None:
+    """Three times as many queries as workers, 60 ms each: all are answered."""
+    database.fault("latency", service="query", ms=60)
+    assert by_status(ask_at_once(service.port, [LOOKUP] * (3 * WORKERS), TOKEN)) == {404: 3 * WORKERS}
+
+
+def operations(service: ServiceProcess) -> dict[str, int]:
+    """Return how often the service has asked for one document and for several, by its metrics."""
+    metrics = service.get("/metrics", port=service.metrics_port).body.decode()
+    return {
+        name: sum(
+            int(line.split()[-1]) for line in metrics.splitlines() if f'operation="{name}"' in line and "_total" in line
+        )
+        for name in ("get", "get_multi")
+    }
+
+
+def test_after_a_failure_documents_are_fetched_one_by_one(database: EmulatorProcess, service: ServiceProcess) -> None:
+    """Then none waits for another's failure; after five seconds without one they are fetched in batches again."""
+
+    def batches() -> int:
+        before = operations(service)
+        assert by_status(ask_at_once(service.port, IDS[:40], TOKEN)) == {200: 40}
+        after = operations(service)
+        many = after["get_multi"] - before["get_multi"]
+        assert after["get"] - before["get"] == 40 or many
+        return many
+
+    time.sleep(5.5)  # without a failure
+    database.fault("latency", service="kv", operation="get", ms=20)  # so that requests do wait for the workers
+    assert batches()
+    database.fault("status", status=0x84, operation="get", count=1)
+    assert service.get(IDS[0], TOKEN).status == 503
+    failed = time.monotonic()
+    while time.monotonic() < failed + 4:
+        assert batches() == 0
+        time.sleep(0.5)
+    time.sleep(max(0.0, failed + 5.7 - time.monotonic()))
+    assert batches()

@@ -1,0 +1,120 @@
+"""The token changes, goes and comes back while clients ask."""
+
+import itertools
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.chaos.clients import Load, Record, by_status, wait_until
+from tests.chaos.conftest import SHORT
+from tests.chaos.scenes import Scene
+from tests.emulator.process import EmulatorProcess
+from tests.emulator.sdk import connect
+from tests.service import ServiceProcess, settings_for
+
+RUNS_LAST = 1  # after the tests whose modules play no scenes in the background
+
+IDS = [f"/api/v1/id/{number}" for number in range(1, 11)]
+PERIOD_SECONDS = 1.0
+LEEWAY_SECONDS = 1.0  # for what a busy machine adds: a period's bound is a second
+SETTINGS = {"TOKEN_REFRESH_SECONDS": "1", "ACCESS_LOG": "false"} | SHORT
+
+
+def rotate(workers: str) -> list[Record]:
+    """Change the token twice while clients ask, who change theirs a period later; return what they got."""
+    token = "token-0"
+    with (
+        EmulatorProcess(profiles=10, pictures=0, token=token) as database,
+        ServiceProcess(settings_for(database) | SETTINGS | {"WORKERS": workers}) as service,
+    ):
+        time.sleep(2 * PERIOD_SECONDS if workers == "2" else 0)  # until the second worker is ready, too
+        valid = [token]
+        with Load(service.port, itertools.cycle(IDS), lambda: valid[0], clients=6) as load:
+            for number in range(1, 3):
+                old, new = valid[0], f"token-{number}"
+                database.set_token(new)
+                changed = time.monotonic()
+                wait_until(
+                    lambda new=new: all(service.get(IDS[0], new).status == 200 for _ in range(4)),
+                    PERIOD_SECONDS + LEEWAY_SECONDS,
+                    "the new token works",
+                )
+                assert service.get(IDS[0], old).status == 200
+                time.sleep(max(0.0, changed + PERIOD_SECONDS - time.monotonic()))
+                valid[0] = new
+                wait_until(
+                    lambda old=old: all(service.get(IDS[0], old).status == 401 for _ in range(4)),
+                    PERIOD_SECONDS + LEEWAY_SECONDS,
+                    "the old token works no more",
+                )
+    return load.records
+
+
+def deleted(database: EmulatorProcess) -> None:
+    """The document is gone."""
+    database.set_token(None)
+
+
+def replaced(value: object) -> Callable[[EmulatorProcess], None]:
+    """Return a way of storing something else than a token document."""
+
+    def store(database: EmulatorProcess) -> None:
+        with connect(database) as cluster:
+            cluster.bucket(database.bucket).scope("profiles").collection("service_auth").upsert("service_auth:1", value)
+
+    return store
+
+
+UNREADABLE = {
+    "deleted": deleted,
+    "without the field": replaced({"tokens": "x"}),
+    "not a text": replaced({"token": 5}),
+    "empty": replaced({"token": ""}),
+    "not an object": replaced([1]),
+}
+
+
+def lose(name: str) -> tuple[float, list[str], set[int], float]:
+    """Make the token unreadable under load, and good again.
+
+    Returns:
+        After how many seconds the service was not ready and why, what clients with the last token got all the time,
+        and after how many seconds it was ready again.
+    """
+    with (
+        EmulatorProcess(profiles=10, pictures=0, token="last") as database,
+        ServiceProcess(settings_for(database) | SETTINGS) as service,
+        Load(service.port, itertools.cycle(IDS), lambda: "last", rate=30) as load,
+    ):
+        UNREADABLE[name](database)
+        lost = wait_until(lambda: service.get("/readyz").status == 503, 15, "not ready")
+        reasons: list[str] = service.get("/readyz").json()["reasons"]
+        time.sleep(PERIOD_SECONDS)
+        assert service.get("/healthz").status == 200
+        database.set_token("last")
+        back = wait_until(lambda: service.get("/readyz").status == 200, 15, "ready again")
+    return lost, reasons, set(by_status(load.records)), back
+
+
+ROTATIONS = {workers: Scene(rotate, workers) for workers in ("1", "2")}
+LOSSES = {name: Scene(lose, name) for name in UNREADABLE}
+
+
+@pytest.mark.parametrize("workers", ROTATIONS)
+def test_rotation_under_load(workers: str) -> None:
+    """The new token works within a period, the old one for one more, then not; no valid token is ever refused."""
+    records = ROTATIONS[workers].outcome()
+    assert by_status(records).keys() == {200}
+    assert len(records) > 500
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_token_that_cannot_be_read(name: str) -> None:
+    """The last token stays good all the time; after three periods, not before, the service is not ready."""
+    lost, reasons, statuses, back = LOSSES[name].outcome()
+    # the last good reading was up to a period before the document went
+    assert 2 * PERIOD_SECONDS - 0.1 < lost < 3 * PERIOD_SECONDS + LEEWAY_SECONDS
+    assert any("token" in reason for reason in reasons)
+    assert statuses == {200}
+    assert back < 2 * PERIOD_SECONDS
