@@ -3282,11 +3282,11 @@ class ProfileServer(ThreadingHTTPServer):
             host = address[0].removeprefix("::ffff:")
             connection = Connection(client, (host, address[1]), time.monotonic() + self.idle_seconds, internal=internal)
             self._connections.add(connection)
+            self.metrics.put(len(self._connections), "http_connections")
             self._watch(connection, selectors.EVENT_READ)
             if len(self._connections) > self.settings.max_connections and not internal:
                 connection.refuse()
                 self._submit(connection, [unavailable("too many connections", rejected="overloaded")])
-        self.metrics.put(len(self._connections), "http_connections")
         return True
 
     def _step_back(self) -> float:
