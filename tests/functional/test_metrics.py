@@ -31,6 +31,14 @@ def scrape(service: ServiceProcess) -> Samples:
     return samples
 
 
+def scrape_with(service: ServiceProcess, requests: float) -> Samples:
+    """Read the metrics once they have so many requests: answers are counted right after they have been sent."""
+    deadline = time.monotonic() + 10
+    while total(samples := scrape(service), "http_requests_total") < requests:
+        assert time.monotonic() < deadline, total(samples, "http_requests_total")
+    return samples
+
+
 def value(samples: Samples, name: str, **labels: str) -> float:
     return samples.get((name, frozenset(labels.items())), 0.0)
 
@@ -53,7 +61,9 @@ def test_sums_match_a_counted_load(database, workers: str) -> None:
         assert Counter(service.get(path, shown).status == status for path, shown, status in load) == {True: len(load)}
         assert service.request("POST", "/api/v1/id/1", token).status == 405
         assert service.request("BREW", "/api/v1/id/1", token).status == 405
-        samples = scrape(service)
+        samples = scrape_with(
+            service, total(before, "http_requests_total") + len(load) + 3
+        )  # 2 of POST, BREW; 1 scrape
 
     def counted(name: str, **labels: str) -> float:
         return total(samples, name, **labels) - total(before, name, **labels)
@@ -126,7 +136,7 @@ def test_counters_outlive_a_worker(database) -> None:
             service.wait_for("ready")
         for _ in range(10):
             assert service.get("/api/v1/id/1", database.token).status == 200
-        after = scrape(service)
+        after = scrape_with(service, total(before, "http_requests_total") + 10)
     assert total(after, "http_requests_total", status="200", route="/api/v1/id/{id}") == 50
     counters = [key for key in before if key[0].endswith(("_total", "_count", "_bucket", "_sum"))]
     assert len(counters) > 50
@@ -169,5 +179,5 @@ def test_refusals_have_their_reason(service: ServiceProcess) -> None:
         with socket.create_connection(("127.0.0.1", service.port), timeout=10) as stream:
             stream.sendall(raw)
             assert stream.recv(4096).startswith(b"HTTP/1.1 4")
-        counted = value(scrape(service), "http_rejected_total", reason=reason)
+        counted = value(scrape(service), "http_rejected_total", reason=reason)  # counted before the answer is sent
         assert counted == value(before, "http_rejected_total", reason=reason) + 1
