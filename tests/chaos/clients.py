@@ -49,6 +49,8 @@ class Client:
         return Record(path, started, time.monotonic() - started, *reply)
 
     async def _exchange(self, path: str, token: str | None) -> tuple[int, dict[str, str], bytes]:
+        if self._streams is not None and self._streams[0].at_eof():  # closed by the server, as it was idle for long
+            self.close()
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
         reader, writer = self._streams
