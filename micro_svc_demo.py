@@ -3026,6 +3026,7 @@ class ProfileServer(ThreadingHTTPServer):
         self._minding_queries = False
         self._documents_since = self._documents_taken = 0.0
         self._was_ready = False
+        self._clients = 0
         self._alone_started = 0
         self._asked: deque[Connection] = deque()
         self._awake = False
@@ -3282,12 +3283,18 @@ class ProfileServer(ThreadingHTTPServer):
             host = address[0].removeprefix("::ffff:")
             connection = Connection(client, (host, address[1]), time.monotonic() + self.idle_seconds, internal=internal)
             self._connections.add(connection)
-            self.metrics.put(len(self._connections), "http_connections")
+            self._count_client(connection, 1)
             self._watch(connection, selectors.EVENT_READ)
             if len(self._connections) > self.settings.max_connections and not internal:
                 connection.refuse()
                 self._submit(connection, [unavailable("too many connections", rejected="overloaded")])
         return True
+
+    def _count_client(self, connection: Connection, change: int) -> None:
+        """Keep the gauge of open connections: those of the metrics port are not clients'."""
+        if not connection.internal:
+            self._clients += change
+            self.metrics.put(self._clients, "http_connections")
 
     def _step_back(self) -> float:
         """Return for how many seconds the next client is left to another process, 0 for not at all.
@@ -3301,7 +3308,7 @@ class ProfileServer(ThreadingHTTPServer):
         if not ready[self.metrics.row]:
             return 0.05
         counts = [count for count, good in zip(self.metrics.column("http_connections"), ready, strict=True) if good]
-        self._stepped_back = not self._stepped_back and len(self._connections) > min(counts)
+        self._stepped_back = not self._stepped_back and self._clients > min(counts)
         return 0.005 if self._stepped_back else 0.0
 
     def _watch(self, connection: Connection, events: int) -> None:
@@ -3484,7 +3491,7 @@ class ProfileServer(ThreadingHTTPServer):
     def _close(self, connection: Connection) -> None:
         if connection in self._connections:
             self._connections.discard(connection)
-            self.metrics.put(len(self._connections), "http_connections")
+            self._count_client(connection, -1)
             self._watch(connection, 0)
             with connection.lock:  # a worker may be sending: its descriptor must not become another client's
                 connection.closing = True

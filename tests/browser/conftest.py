@@ -17,7 +17,7 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """The system's Chromium; without one, the tests are skipped."""
     path = next(
@@ -31,14 +31,14 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def database() -> Iterator[EmulatorProcess]:
     """The emulator with a few profiles."""
     with EmulatorProcess(profiles=50, token="browser-tests") as emulator:
         yield emulator
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def service(database: EmulatorProcess) -> Iterator[ServiceProcess]:
     """The service, ready; its page loads Swagger UI from this machine."""
     with (
