@@ -1074,11 +1074,6 @@ class Metrics:
         """Set a counter of this process's own, which began at 0 when the process did."""
         self._own[COLUMNS[name,]] = self._bases[name] + value
 
-    def observe(self, seconds: float, *key: str) -> None:
-        """Put a duration into a histogram."""
-        with self._lock:
-            self._observe(seconds, COLUMNS[(*key, _FIRST_BUCKET)])
-
     def _observe(self, seconds: float, first: int) -> None:
         self._own[first + bisect.bisect_left(BUCKETS, seconds)] += 1
         self._own[first + _SUM] += int(seconds * 1e6)
@@ -1786,11 +1781,6 @@ class ProfileStore:
             raise
         self._collections = {name: self._scope.collection(name) for name in (USERS, IMAGES, AUTH)}
         self._cluster = cluster
-
-    @property
-    def connected(self) -> bool:
-        """Whether `connect` has succeeded; from then on the SDK reconnects by itself."""
-        return self._cluster is not None
 
     def _explain_bucket(self, cluster: Any) -> None:
         """Tell a bucket that is missing from one that is slow: on the wire both look like a time-out, so ask."""
