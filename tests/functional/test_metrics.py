@@ -53,6 +53,8 @@ def total(samples: Samples, name: str, **labels: str) -> float:
 def test_sums_match_a_counted_load(database, workers: str) -> None:
     """Every request of a known load is in the counters, histograms and operations, whichever process answered it."""
     with ServiceProcess(settings_for(database) | {"WORKERS": workers}) as service:
+        for _ in range(int(workers)):
+            service.wait_for("ready")  # the token's own look-ups are done then
         token, picture = database.token, "/api/v1/picture/raw/1"
         load = [("/api/v1/id/1", token, 200)] * 30 + [("/api/v1/id/none", token, 404)] * 10
         load += [("/api/v1/nickname/nobody", token, 404)] * 7 + [(picture, token, 200)] * 5 + [(picture, "x", 401)] * 4
