@@ -28,9 +28,18 @@ class Scene(Generic[Outcome]):
         Scene._all.append(self)
 
     def outcome(self, seconds: float = 110.0) -> Outcome:
-        """Return what has come of it, or raise what it raised; TimeoutError if it is not done in time."""
+        """Return what has come of it, or raise what it raised; TimeoutError if it is not done in time.
+
+        One that has failed is played again for the next who asks, when less goes on beside it.
+        """
         Scene.begin()
-        return self._future.result(seconds)
+        future = self._future
+        try:
+            return future.result(seconds)
+        except BaseException:
+            if future is self._future and Scene._pool is not None:
+                self._future = Scene._pool.submit(self._play, *self._arguments)
+            raise
 
     @staticmethod
     def begin() -> None:
