@@ -1875,7 +1875,7 @@ class ProfileStore:
             self._look_at_nodes()
         breaker, started = self._node_breaker(TOKEN_KEY), time.monotonic()
         try:
-            self.read_token(self.check_timeout)
+            self._read_token_again(breaker)
         except FatalError as error:  # it answers, but there is no token to be had: the last one stays
             self._unanswered = ""
             self._log.event("warning", "the token could not be read again; the last one stays", error=str(error))
@@ -1901,33 +1901,58 @@ class ProfileStore:
             self._cluster.set_authenticator(authenticator(settings))
             self._log.event("info", "password read again from its file")
 
+    def _read_token_again(self, breaker: Breaker) -> None:
+        """Read it with little patience at first: while its node is down, requests for others' documents wait."""
+        try:
+            self.read_token(self.probe_timeout)
+        except cb.CouchbaseException:
+            self._look_at_nodes()
+            if breaker.state == Breaker.OPEN:
+                raise
+            self.read_token(self.check_timeout)
+
     def _look_at_nodes(self) -> None:
         """Find out which nodes are down, and open or close their breakers before requests have to find out.
 
-        Each is asked for a document that does not exist, in the way that requests ask.
+        One whose breaker is closed is known to be down when it does not answer twice while another does: the threads
+        of the requests that wait for it are missing to the others' documents.
         """
-        node_map, users = self._node_map, self._collections[USERS]
         endpoints = self._cluster.diagnostics().endpoints.get(ServiceType.KeyValue, [])
         lost = any(endpoint.state != EndpointState.Connected for endpoint in endpoints)
-        answering = 0
+        answering, silent = 0, []
         for node, breaker in enumerate(self._node_breakers):
-            now = time.monotonic()
-            if breaker.state == Breaker.CLOSED and not lost and not self._unanswered:
+            started, was_closed = time.monotonic(), breaker.state == Breaker.CLOSED
+            if not breaker.allow(started):
                 continue
-            if not breaker.allow(now):
-                continue
-            keys = (f"probe:{number}" for number in itertools.count())
-            key = next(key for key in keys if node_map is None or node_map.node(key) == node)
-            try:
-                users.get(key, GetOptions(timeout=self.probe_timeout))
-            except cb.DocumentNotFoundException:
-                breaker.succeeded(now)
+            if self._answers(node):
                 answering += 1
-            except Exception:
-                breaker.failed(now, time.monotonic())
-                if lost:
-                    breaker.trip(time.monotonic())
+                if not was_closed:
+                    breaker.succeeded(started)
+                continue
+            breaker.failed(started, time.monotonic())
+            if lost:
+                breaker.trip(time.monotonic())
+            elif was_closed:
+                silent.append((node, breaker))
+        for node, breaker in silent:
+            if answering and not self._answers(node):
+                breaker.trip(time.monotonic())
         self._answering_nodes = answering
+
+    def _answers(self, node: int) -> bool:
+        """Ask a node for a document that does not exist, in the way that requests ask."""
+        node_map = self._node_map
+        if node_map is not None and node not in node_map.nodes:
+            return True  # it holds nothing, so nobody waits for it
+        keys = (f"probe:{number}" for number in itertools.count())
+        key = next(key for key in keys if node_map is None or node_map.node(key) == node)
+        try:
+            self._collections[USERS].get(key, GetOptions(timeout=self.probe_timeout))
+        except cb.DocumentNotFoundException:
+            return True
+        except Exception:
+            return False
+        return True
 
     def _read_node_map(self) -> None:
         """Ask the cluster which node holds which keys.
@@ -2084,8 +2109,9 @@ class ProfileStore:
     def give_up_query(self, started: float, now: float) -> None:
         """Take note of a query that the SDK has not given back.
 
-        What makes it wait for ever is a server that has forgotten a prepared statement and says so twice: for a minute
-        statements are not prepared, as each such query costs a thread for good.
+        What makes it wait for ever is a server that has forgotten a prepared statement, by a restart, say: the SDK
+        (4.3 to 4.6) prepares it again and loses the rows, and the thread and the connection with them. As a server
+        that goes on forgetting would cost one of each a query, for a minute statements are not prepared.
         """
         self.query_breaker.failed(started, now)
         self._adhoc_until = now + self.adhoc_seconds
@@ -3185,7 +3211,7 @@ class ProfileServer(ThreadingHTTPServer):
     def _mind_queries(self, now: float) -> None:
         """Answer for queries that wait too long, and for those that the SDK does not give back in time.
 
-        Some errors of the query service (4040 to a prepared statement, say) leave the SDK's thread waiting for ever:
+        Some errors of the query service (4040: no such prepared statement) leave the SDK's thread waiting for ever:
         the caller gets its 504, and another worker takes the lost one's place.
         """
         self._minding_queries = False  # before looking: who comes after this sets it again

@@ -70,6 +70,8 @@ class Fault(NamedTuple):
 
 BOTH = frozenset({"kv", "query"})
 KV, QUERY = frozenset({"kv"}), frozenset({"query"})
+# A query service that forgets its prepared statements is not among them: the SDK keeps a thread for each query that it
+# loses by that, which `test_failures.py` shows, and which would hide what else might grow.
 FAULTS = (
     Fault("freeze key-value", KV, lambda emulator: emulator.fault("freeze", service="kv")),
     Fault("freeze query", QUERY, lambda emulator: emulator.fault("freeze", service="query")),
@@ -82,7 +84,6 @@ FAULTS = (
     Fault("temporary failures", KV, lambda emulator: emulator.fault("temporary_failure")),
     Fault("some temporary failures", KV, lambda emulator: emulator.fault("temporary_failure", count=30)),
     Fault("query errors", QUERY, lambda emulator: emulator.fault("query_error", code=5000)),
-    Fault("a lost query", QUERY, lambda emulator: emulator.fault("query_error", code=4040, http_status=404, count=1)),
     Fault("node stops", BOTH, lambda emulator: emulator.stop_node(0)),
 )
 

@@ -1,6 +1,7 @@
 """The failure map at work, and that no answer is later than its time-out plus 100 ms whatever Couchbase does."""
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -201,7 +202,7 @@ def test_queries_that_the_sdk_never_gives_back(database: EmulatorProcess, servic
     """Their callers get 504 in time, their workers are given up, and the service goes on with new ones: all eight."""
     mark = len(service.lines)
     for _ in range(3):  # twelve of them: more than there are workers; four at once: less than opens the breaker
-        database.fault("query_error", code=4040, http_status=404)  # the SDK prepares once more before it is lost
+        database.fault("query_error", code=4040, http_status=404)
         answers = ask_at_once(service.port, LOOKUPS, TOKEN)
         database.clear()
         assert by_status(answers) == {504: 4}
@@ -213,6 +214,26 @@ def test_queries_that_the_sdk_never_gives_back(database: EmulatorProcess, servic
     assert len(given_up) == 12
     database.fault("latency", service="query", ms=100)
     assert by_status(ask_at_once(service.port, LOOKUPS * 2, TOKEN)) == {404: 8}
+
+
+def test_a_query_service_that_has_forgotten_its_statements(database: EmulatorProcess) -> None:
+    """It costs one 504 and one thread; statements go unprepared for a minute from then on."""
+    paths = ("/api/v1/nickname/nobody", "/api/v1/username/nobody")
+    with ServiceProcess(settings_for(database) | SHORT) as service:
+
+        def ask() -> list[int]:
+            return [service.get(path, TOKEN).status for path in paths]
+
+        def threads() -> int:
+            return len(os.listdir(f"/proc/{service.process.pid}/task"))
+
+        assert ask() == [404, 404]
+        before = threads()
+        database.fault("forget")
+        assert ask() == [504, 404]
+        for _ in range(20):
+            assert ask() == [404, 404]
+        assert threads() == before + 1
 
 
 def test_threads_that_ask_while_a_query_is_given_up(database: EmulatorProcess, service: ServiceProcess) -> None:

@@ -221,7 +221,11 @@ class Emulator:
         for node in self.nodes:
             await node.start()
         self.faults.actions.update(
-            drop=self._drop, node=self._change_node, token=self._change_token, password=self._change_password
+            forget=self._forget,
+            drop=self._drop,
+            node=self._change_node,
+            token=self._change_token,
+            password=self._change_password,
         )
         self._faults_runner = web.AppRunner(
             control.application(self.faults, self.nodes), access_log=None, shutdown_timeout=0
@@ -250,6 +254,9 @@ class Emulator:
         if number >= len(self.nodes):
             raise FaultError(f"there is no node {number}; there are {len(self.nodes)}, from 0")
         return self.nodes[number]
+
+    async def _forget(self, _parameters: dict[str, Any]) -> None:
+        self.engine.forget_prepared()
 
     async def _drop(self, parameters: dict[str, Any]) -> None:
         number = parameters["node"]

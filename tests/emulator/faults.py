@@ -94,6 +94,7 @@ CATALOGUE: dict[str, tuple[str, dict[str, Parameter]]] = {
             "http_status": Parameter(int, "the HTTP status", default=500, least=200, most=599),
         },
     ),
+    "forget": ("the query service forgets its prepared statements, as one does that starts again", {}),
     "freeze": (
         "connections are accepted and never answered (service absent: all)",
         {"service": Parameter(str, "the service", values=SERVICES), "node": NODE},

@@ -186,6 +186,10 @@ class QueryEngine:
         }
         return QueryResult([dump_json(row)], "json")
 
+    def forget_prepared(self) -> None:
+        """Forget all prepared statements; who wants to execute one gets error 4040 until he prepares it again."""
+        self._prepared.clear()
+
     def _find_prepared(self, name: str, context: str) -> str:
         text = self._prepared.get((name, context))
         if text is None:

@@ -408,6 +408,18 @@ def test_http_status_of_errors(emulator: EmulatorProcess, request_: dict[str, An
     assert reply["metrics"]["errorCount"] == 1
 
 
+def test_forgotten_statements(emulator: EmulatorProcess) -> None:
+    """A prepared statement can be executed until the service forgets it, and again once it is prepared again."""
+    prepare, execute = {"statement": "PREPARE short AS SELECT 1 AS one"}, {"prepared": "short"}
+    assert post(emulator, prepare)[0] == 200
+    assert post(emulator, execute)[1]["results"] == [{"one": 1}]
+    emulator.fault("forget")
+    status, reply = post(emulator, execute)
+    assert (status, reply["errors"][0]["code"]) == (404, 4040)
+    assert post(emulator, prepare)[0] == 200
+    assert post(emulator, execute)[1]["results"] == [{"one": 1}]
+
+
 def test_form_encoded_request(emulator: EmulatorProcess, users: Collection) -> None:
     """A form does as well as JSON: parameters in it are JSON, flags are words."""
     wanted = profile(users, 5)
