@@ -2988,6 +2988,44 @@ class QueryQueue:
         return late
 
 
+class DocumentQueue:
+    """What waits for the document workers; one of them is called for all that has come in one look at the sockets.
+
+    Waking a worker for each request costs more than the request: it would find one, and fetch it by itself.
+    """
+
+    def __init__(self) -> None:
+        self._works: deque[Work] = deque()
+        self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def __len__(self) -> int:
+        return len(self._works)
+
+    def put(self, work: Work | None) -> None:
+        """Append; nobody is woken before `call`. None ends one worker."""
+        if work is None:
+            self._calls.put(False)
+        else:
+            self._works.append(work)
+
+    def call(self) -> None:
+        """Wake a worker if anything waits."""
+        if self._works:
+            self._calls.put(True)
+
+    def wait(self) -> bool:
+        """Wait for a call; False: it is the end."""
+        return self._calls.get()
+
+    def take(self, most: int) -> list[Work]:
+        """Take out as many as there are, at most so many; does not wait."""
+        works: list[Work] = []
+        with contextlib.suppress(IndexError):
+            while len(works) < most:
+                works.append(self._works.popleft())
+        return works
+
+
 Works: TypeAlias = "queue.SimpleQueue[Work | None] | QueryQueue"
 
 
@@ -3001,7 +3039,7 @@ class ProfileServer(ThreadingHTTPServer):
     allow_reuse_address = True
     request_queue_size = 1024
     document_workers = 2  # batches form by themselves while both are busy; measured better than more threads
-    batch_size = 32
+    batch_size = 64
     alone_workers = 64  # while key-value is in trouble each document has a thread; started when first needed
     stuck_seconds = 0.25  # with no document worker coming back for the next batch, something may be wrong
     overdue_seconds = 0.05  # after its time-out a query that the SDK still holds is given up
@@ -3034,7 +3072,8 @@ class ProfileServer(ThreadingHTTPServer):
         self._drain_started = 0.0
         self._connections: set[Connection] = set()
         self._local: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
-        self._documents: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._documents = DocumentQueue()
+        self._turn = threading.Lock()
         self._alone: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._queries = QueryQueue()
         self._running: dict[ProfileHandler, Work] = {}  # queries that a worker has in hand
@@ -3150,20 +3189,23 @@ class ProfileServer(ThreadingHTTPServer):
         next_look = 0.0
         try:
             while not (self.draining and self._is_drained()):
-                for key, events in self._selector.select(self._patience(poll_interval)):
-                    if isinstance(key.data, Connection):
-                        if events & selectors.EVENT_WRITE:
-                            self._flush(key.data)
-                        if events & selectors.EVENT_READ:
-                            self._receive(key.data)
-                    else:
-                        key.data(key.fileobj)
+                ready = self._selector.select(self._patience(poll_interval))
+                with self._turn:
+                    for key, events in ready:
+                        if isinstance(key.data, Connection):
+                            if events & selectors.EVENT_WRITE:
+                                self._flush(key.data)
+                            if events & selectors.EVENT_READ:
+                                self._receive(key.data)
+                        else:
+                            key.data(key.fileobj)
+                    self._documents.call()
                 now = time.monotonic()
                 if now >= self._accept_at:
                     self._watch_listeners()
                 if self._minding_queries:
                     self._mind_queries(now)
-                if self._documents.qsize():
+                if self._documents:
                     self._mind_documents(now)
                 if now >= next_look or self._stopping:
                     next_look = now + poll_interval
@@ -3183,7 +3225,7 @@ class ProfileServer(ThreadingHTTPServer):
             return 0.02
         if self._minding_queries:
             poll_interval = self.overdue_seconds
-        elif self._documents.qsize():
+        elif self._documents:
             poll_interval = self.stuck_seconds
         return max(0.0, min(poll_interval, self._accept_at - time.monotonic()))
 
@@ -3236,9 +3278,8 @@ class ProfileServer(ThreadingHTTPServer):
         """When every document worker is stuck with its batch, let those that wait go on alone."""
         if now - max(self._documents_since, self._documents_taken) > self.stuck_seconds:
             self.store.suspect(1.0)
-            with contextlib.suppress(queue.Empty):
-                while (work := self._documents.get_nowait()) is not None:
-                    self._put_alone(work)
+            for work in self._documents.take(len(self._documents)):
+                self._put_alone(work)
 
     def _refuse(self, work: Work, problem: ProblemError) -> None:
         """Answer in place of a worker."""
@@ -3419,7 +3460,7 @@ class ProfileServer(ThreadingHTTPServer):
         elif self.store.troubled:
             self._put_alone(work)
         else:
-            if not self._documents.qsize():
+            if not self._documents:
                 self._documents_since = handler.started
             self._documents.put(work)
 
@@ -3517,15 +3558,18 @@ class ProfileServer(ThreadingHTTPServer):
     # the workers
 
     def _start_workers(self) -> None:
-        self._workers: list[tuple[threading.Thread, Works]] = []
+        self._workers: list[tuple[threading.Thread, Works | DocumentQueue]] = []
         self._start_worker(self._local, self._answer_local)
         for _ in range(self.document_workers):
-            self._start_worker(self._documents, self._answer_documents)
+            self._start_thread(self._documents, self._work_documents)
         for _ in range(self.settings.threads):
             self._start_worker(self._queries, self._answer_query)
 
     def _start_worker(self, works: Works, answer: Callable[[Work], bool | None]) -> None:
-        thread = threading.Thread(target=self._work, args=(works, answer), daemon=True)
+        self._start_thread(works, functools.partial(self._work, works, answer))
+
+    def _start_thread(self, works: Works | DocumentQueue, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, daemon=True)
         self._workers.append((thread, works))
         thread.start()
 
@@ -3546,10 +3590,24 @@ class ProfileServer(ThreadingHTTPServer):
                 if answer(work) is False:
                     return
             except Exception as error:
-                work.connection.closing = True
-                self._ask(work.connection)
-                with contextlib.suppress(Exception):  # whatever fails, the worker goes on
-                    self.log.event("error", "worker failure", error=describe(error))
+                self._fail([work], error)
+
+    def _work_documents(self) -> None:
+        """Answer what waits whenever there is a call; nothing that goes wrong ends the worker."""
+        while self._documents.wait():
+            works: list[Work] = []
+            try:
+                self._answer_documents(works)
+            except Exception as error:
+                self._fail([work for work in works if not work.handler.response], error)
+
+    def _fail(self, works: list[Work], error: Exception) -> None:
+        """Give up the connections of requests that cannot be answered."""
+        for work in works:
+            work.connection.closing = True
+            self._ask(work.connection)
+        with contextlib.suppress(Exception):  # whatever fails, the worker goes on
+            self.log.event("error", "worker failure", error=describe(error))
 
     def _answer_local(self, work: Work) -> None:
         """Answer what needs no Couchbase, so that probes and refusals never wait for it."""
@@ -3557,30 +3615,31 @@ class ProfileServer(ThreadingHTTPServer):
             response = work.handler.respond(Batch(self.store), last=not work.connection.waiting)
         except (DocumentPending, QueryPending):  # an absolute-form target, say
             self._documents.put(work)
+            self._documents.call()
         else:
             self._reply(work, response)
             self._account([work.handler])
 
-    def _answer_documents(self, first: Work) -> None:
-        """Take all that waits, let each say what it wants, get that at once, and answer."""
-        self._documents_taken = time.monotonic()
-        works = [first]
-        with contextlib.suppress(queue.Empty):
-            while len(works) < self.batch_size:
-                following = self._documents.get_nowait()
-                if following is None:  # the end, meant for `_work`
-                    self._documents.put(None)
-                    break
-                works.append(following)
+    def _answer_documents(self, works: list[Work]) -> None:
+        """Take all that waits into `works`, let each say what it wants, get that at once, and answer.
+
+        The loop and the workers take turns with all but the waiting for Couchbase: the interpreter lets only one run at
+        a time anyway, but changes between those that could at each system call, which costs as much as the call.
+        """
         batch = Batch(self.store)
-        pending = [work for work in works if not self._answered(work, batch)]
+        with self._turn:
+            self._documents_taken = time.monotonic()
+            works += self._documents.take(self.batch_size)
+            self._documents.call()  # the next, for what is left
+            pending = [work for work in works if not self._answered(work, batch)]
         while pending:
             if self.store.troubled:
                 for work in pending:
                     self._put_alone(work)
                 break
             batch.fetch()
-            pending = [work for work in pending if not self._answered(work, batch)]
+            with self._turn:
+                pending = [work for work in pending if not self._answered(work, batch)]
         self._account([work.handler for work in works if work.handler.response])
 
     def _answered(self, work: Work, batch: Batch) -> bool:
@@ -3659,6 +3718,7 @@ class ProfileServer(ThreadingHTTPServer):
         """Queue the next request, and ask the loop for what only it can do: flush, close, read on, send a 100."""
         if request is not None:
             self._enqueue(connection, request)
+            self._documents.call()
         if (
             connection.outbox
             or connection.closing
