@@ -2128,11 +2128,7 @@ class ProfileStore:
         return ProblemError(failure.status, failure.detail)
 
 
-class DocumentPending(BaseException):  # a signal, not an error: passes every `except Exception`
-    """`do_GET` asked for a document that its batch does not have yet; it is run again when it does."""
-
-
-class QueryPending(BaseException):  # the same
+class QueryPending(BaseException):  # a signal, not an error: passes every `except Exception`
     """`do_GET` asked for a query, which is not a document worker's to run."""
 
 
@@ -2146,17 +2142,16 @@ class Batch:
         self._operations: dict[str, Operation | None] = {}
         self.operation: Operation | None = None  # the one that brought what was asked for last
 
-    def get(self, collection: str, key: str) -> Document:
-        """Return the document if `fetch` has brought it, else note that it is wanted.
+    def get(self, collection: str, key: str) -> Document | None:
+        """Return the document if `fetch` has brought it; if not, note that it is wanted and return None.
 
         Raises:
-            DocumentPending: not there yet.
             ProblemError: it could not be got.
         """
         found = self._found.get((collection, key))
         if found is None:
             self._wanted.setdefault(collection, {})[key] = None
-            raise DocumentPending
+            return None
         self.operation = self._operations.get(collection)
         if isinstance(found, ProblemError):
             raise found
@@ -2613,6 +2608,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
     operation: Operation | None = None
     close_connection = True  # until the request is known to be well-formed
     _parsed = _authorized = False
+    _wanted: tuple[str, str, Callable[[Document], None]] | None = None  # a document, and what to do with it
 
     def __init__(
         self, request: Head | ProblemError, client_address: tuple[str, int], server: ProfileServer, *, internal: bool
@@ -2639,8 +2635,11 @@ class ProfileHandler(BaseHTTPRequestHandler):
             store: where documents and query rows come from.
             last: whether the connection closes if the server drains (no further request of it waits).
 
+        Returns:
+            The answer; empty while `store` does not have the document that it is made of: call again when it has.
+
         Raises:
-            DocumentPending, QueryPending: run again, with a store that has it.
+            QueryPending: call again, with a store that runs queries.
         """
         self.store = store
         store.operation = None
@@ -2652,10 +2651,15 @@ class ProfileHandler(BaseHTTPRequestHandler):
                     raise unavailable("overloaded: the request waited too long for a worker", rejected="overloaded")
             if last and self.server.draining:
                 self.close_connection = True
-            method = getattr(self, f"do_{self.command}", None)
-            if method is None:
-                raise ProblemError(405, f"{self.command} is not supported", ALLOW)
-            method()
+            if self._wanted is None:
+                method = getattr(self, f"do_{self.command}", None)
+                if method is None:
+                    raise ProblemError(405, f"{self.command} is not supported", ALLOW)
+                method()
+            else:
+                self._send_wanted()
+            if not self.response:
+                return b""
             self.operation = store.operation
         except ProblemError as problem:
             self.operation = store.operation
@@ -2707,7 +2711,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.require_token()
         if route == "/api/v1/id":
             self.route = "/api/v1/id/{id}"
-            self.send_document(self.get_document(USERS, parameter))
+            self.send_stored(USERS, parameter, self.send_document)
         elif route == "/api/v1/nickname":
             self.route = "/api/v1/nickname/{nickname}"
             self.send_matches(PROFILES_BY_NICKNAME, route, parameter)
@@ -2716,10 +2720,10 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.send_matches(PROFILES_BY_USERNAME, route, parameter)
         elif route == "/api/v1/picture/record":
             self.route = "/api/v1/picture/record/{id}"
-            self.send_document(self.get_document(IMAGES, parameter))
+            self.send_stored(IMAGES, parameter, self.send_document)
         elif route == "/api/v1/picture/raw":
             self.route = "/api/v1/picture/raw/{id}"
-            self.send_picture(self.get_document(IMAGES, parameter))
+            self.send_stored(IMAGES, parameter, self.send_picture)
         elif path == "/healthz":
             self.send_local(b'{"status": "alive"}')
         elif path == "/readyz":
@@ -2764,8 +2768,8 @@ class ProfileHandler(BaseHTTPRequestHandler):
             raise ProblemError(401, "a valid bearer token is required", CHALLENGE)
         self._authorized = True  # if the request is run again, it need not be checked again
 
-    def get_document(self, collection: str, parameter: str) -> Document:
-        """Get `{collection}:{parameter}`.
+    def send_stored(self, collection: str, parameter: str, send: Callable[[Document], None]) -> None:
+        """Answer with `{collection}:{parameter}` in the way of `send`, as soon as the store has it.
 
         Raises:
             ProblemError: 400 for an id that no key can hold, 404 for none, and what the store raises.
@@ -2773,7 +2777,17 @@ class ProfileHandler(BaseHTTPRequestHandler):
         key = f"{collection}:{self.decoded(parameter)}"
         if len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES:
             raise ProblemError(400, f"the id makes a key of more than {MAX_KEY_BYTES} bytes")
-        return self.store.get(collection, key)
+        self._wanted = (collection, key, send)
+        self._send_wanted()
+
+    def _send_wanted(self) -> None:
+        if self._wanted is not None:
+            wanted, self._wanted = self._wanted, None
+            document = self.store.get(wanted[0], wanted[1])
+            if document is None:
+                self._wanted = wanted
+            else:
+                wanted[2](document)
 
     def decoded(self, parameter: str) -> str:
         """Decode a path parameter.
@@ -3613,12 +3627,14 @@ class ProfileServer(ThreadingHTTPServer):
         """Answer what needs no Couchbase, so that probes and refusals never wait for it."""
         try:
             response = work.handler.respond(Batch(self.store), last=not work.connection.waiting)
-        except (DocumentPending, QueryPending):  # an absolute-form target, say
-            self._documents.put(work)
-            self._documents.call()
-        else:
+        except QueryPending:
+            response = b""
+        if response:
             self._reply(work, response)
             self._account([work.handler])
+        else:  # it does need Couchbase: an absolute-form target, say
+            self._documents.put(work)
+            self._documents.call()
 
     def _answer_documents(self, works: list[Work]) -> None:
         """Take all that waits into `works`, let each say what it wants, get that at once, and answer.
@@ -3646,13 +3662,12 @@ class ProfileServer(ThreadingHTTPServer):
         """Answer with what the batch has; False if the request wants a document first."""
         try:
             response = work.handler.respond(batch, last=not work.connection.waiting)
-        except DocumentPending:
-            return False
         except QueryPending:
             self._put_query(work)
-        else:
+            return True
+        if response:
             self._reply(work, response)
-        return True
+        return bool(response)
 
     def _answer_alone(self, work: Work) -> None:
         """Get one document by itself, so that it waits for no other's failure."""

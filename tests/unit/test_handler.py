@@ -363,19 +363,16 @@ class TestBatch:
         batch = service.Batch(store)  # type: ignore[arg-type]
         keys = ["user_data:1", "user_data:2", "user_data:1", "user_data:8", "user_data:9"]
         for key in keys:
-            with pytest.raises(service.DocumentPending):
-                batch.get("user_data", key)
-        with pytest.raises(service.DocumentPending):
-            batch.get("user_images", "user_images:1")
+            assert batch.get("user_data", key) is None
+        assert batch.get("user_images", "user_images:1") is None
         batch.fetch()
         assert store.calls == [("user_data", ["user_data:1", "user_data:2", "user_data:8", "user_data:9"])]
-        assert batch.get("user_data", "user_data:2").value == b"user_data:2"
+        assert batch.get("user_data", "user_data:2") == service.Document(b"user_data:2", 1)
         for key, status in (("user_data:8", 404), ("user_data:9", 500)):
             with pytest.raises(service.ProblemError) as raised:
                 batch.get("user_data", key)
             assert raised.value.status == status
-        with pytest.raises(service.DocumentPending):
-            batch.get("user_images", "user_images:1")
+        assert batch.get("user_images", "user_images:1") is None
         batch.fetch()
         assert store.calls[1:] == [("user_images", ["user_images:1"])]
         with pytest.raises(service.ProblemError):
