@@ -96,7 +96,7 @@ NAMES = sorted(
 )
 """What ``--only`` may name; sdk is the SDK alone in a loop."""
 
-GRID = [(workers, size) for workers in (1, 2, 3, 4) for size in (8, 16, 32, 64)]
+GRID = [(workers, size) for workers in (1, 2, 3, 4) for size in (16, 32, 64, 128)]
 GRID_SCENARIOS = [by_id(connections, latency_ms) for latency_ms in (0, 1, 5) for connections in (32, 256)]
 GROWTH_CONNECTIONS = (10, 32, 100, 320, 1000, 2000, 5000)
 GROWTH_DOCUMENTS = (1_000, 10_000, 100_000, 1_000_000)
