@@ -24,6 +24,7 @@ EMULATOR_START_SECONDS = 300.0
 MAX_TARGETS = 20_000
 """How many requests wrk keeps ready: of more documents than that, it asks for as many, drawn at random."""
 SEED = 11
+AT_ONCE = 100  # documents in one operation
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def _provisioned(chosen: dict[str, str], documents: int, emulator: EmulatorProce
         try:
             token, profiles = _token(scope), _profiles(scope.collection("user_data"))
             draw = random.Random(SEED)
-            images.upsert_multi({key: _picture(number, draw) for number, key in enumerate(keys.values())})
+            records = ((key, _picture(number, draw)) for number, key in enumerate(keys.values()))
+            while batch := dict(itertools.islice(records, AT_ONCE)):
+                images.upsert_multi(batch)
             texts = {
                 "ids": (f"/api/v1/id/{number}" for number in _numbers(documents, draw)),
                 "missing": (f"/api/v1/id/{documents + number}" for number in range(1, DOCUMENTS + 1)),
@@ -149,10 +152,15 @@ def _token(scope: Any) -> str:
 
 
 def _profiles(users: Any) -> list[dict[str, Any]]:
-    result = users.get_multi([f"user_data:{number}" for number in range(1, DOCUMENTS + 1)], return_exceptions=True)
-    if result.exceptions:
-        raise RunError(f"it does not have the profiles 1 to {DOCUMENTS}: provision it with python -m tests.sample_data")
-    return [json.loads(document.value) for document in result.results.values()]
+    profiles = []
+    for first in range(1, DOCUMENTS + 1, AT_ONCE):
+        keys = [f"user_data:{number}" for number in range(first, min(first + AT_ONCE, DOCUMENTS + 1))]
+        result = users.get_multi(keys, return_exceptions=True)
+        for failure in result.exceptions.values():
+            why = f"({micro_svc_demo.describe(failure)}): provision it with python -m tests.sample_data"
+            raise RunError(f"it does not have the profiles 1 to {DOCUMENTS} {why}")
+        profiles += [json.loads(document.value) for document in result.results.values()]
+    return profiles
 
 
 def _numbers(documents: int, draw: random.Random) -> Iterator[int]:

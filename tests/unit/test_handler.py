@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import micro_svc_demo as service
 from tests.service import Answer
@@ -119,6 +121,40 @@ def test_picture_record_and_raw(ask) -> None:
 def test_unusable_picture_record_is_422(ask, shelf: Shelf, record: bytes) -> None:
     shelf.documents["user_images", "user_images:5"] = service.Document(record, 1)
     assert ask("/api/v1/picture/raw/5", BEARER).status == 422
+
+
+def test_a_picture_is_decoded_once_for_each_cas(ask, shelf: Shelf) -> None:
+    """That it is not decoded again shows by a record which could not be, under the same CAS."""
+    record = json.dumps({"type": "png", "image": base64.b64encode(b"first").decode()}).encode()
+    shelf.documents["user_images", "user_images:5"] = service.Document(record, 1)
+    assert ask("/api/v1/picture/raw/5", BEARER).body == b"first"
+    shelf.documents["user_images", "user_images:5"] = service.Document(b"{}", 1)
+    again = ask("/api/v1/picture/raw/5?x=1", BEARER)
+    assert (again.body, again.headers["content-type"], again.headers["etag"]) == (b"first", "image/png", '"1"')
+    assert ask("/api/v1/picture/raw/05", BEARER).status == 404
+    shelf.documents["user_images", "user_images:5"] = service.Document(record.replace(b"png", b"gif"), 2)
+    assert ask("/api/v1/picture/raw/5", BEARER).headers["content-type"] == "image/gif"
+    shelf.documents["user_images", "user_images:5"] = service.Document(b"{}", 3)
+    assert ask("/api/v1/picture/raw/5", BEARER).status == 422
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 700)), max_size=60))
+def test_pictures_that_are_kept_have_a_bound(steps: list[tuple[int, int, int]]) -> None:
+    """However they come and go, what is kept is below it, right, and the last one that fits is there."""
+    pictures = service.Pictures()
+    pictures.bound_bytes, pictures.entry_bytes = 4000, 10
+    model: dict[str, tuple[int, bytes]] = {}
+    for number, cas, size in steps:
+        path, picture = f"/{number}", bytes([cas]) * size
+        pictures.put(path, cas, "image/png", picture)
+        if size <= 500:
+            model[path] = (cas, picture)
+            assert pictures.get(path, cas) == ("image/png", picture)
+        kept = {path: pictures.get(path, cas) for path, (cas, _) in model.items()}
+        assert sum(len(each[1]) + 10 for each in kept.values() if each) <= 4000
+        assert all(each is None or each == ("image/png", model[path][1]) for path, each in kept.items())
+        assert all(pictures.get(path, cas + 1) is None for path, (cas, _) in model.items())
+    assert pictures._bytes == sum(len(each[2]) + 10 for each in pictures._pictures.values())
 
 
 @pytest.mark.parametrize("route", ["nickname", "username"])
