@@ -20,6 +20,7 @@ RUNS_LAST = 1  # after the tests whose modules play no scenes in the background
 PROFILES = 200
 RATE = 100.0
 TIMEOUT_SECONDS = 2.5  # the default
+CROWD_SECONDS = 0.4  # dozens of answers end at once beside other scenes; `test_failures.py` looks at single ones
 BEFORE_SECONDS, DOWN_SECONDS, RECOVERY_SECONDS = 1.5, 7.0, 5.0
 
 
@@ -121,7 +122,7 @@ def test_the_lost_nodes_documents(name: str) -> None:
     sure = [record for record in others if record.started < seen.back - TIMEOUT_SECONDS]  # its answer came before
     assert by_status(sure).keys() <= {503, 504}
     slack = GRACE_SECONDS + allowance(seen.load.lag_seconds)
-    assert [record for record in others if record.seconds > TIMEOUT_SECONDS + slack] == []
+    assert [record for record in others if record.seconds > TIMEOUT_SECONDS + slack + CROWD_SECONDS] == []
     known = [record for record in others if record.started > seen.gone + 4]
     fast = [record for record in known if record.status == 503 and record.seconds < slack]
     assert len(fast) >= len(known) - 3, by_status(known)  # a probe now and then takes its time
