@@ -2706,6 +2706,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         except ProblemError as problem:
             self.operation = store.operation
             self.send_problem(problem)
+            problem.__traceback__ = None  # it leads to the batch, which has the problem: only a scan would free them
         except Exception as error:
             self.server.log.event("error", "unexpected failure", route=self.route, error=describe(error))
             self.send_problem(ProblemError(500, "unexpected failure"))
@@ -3109,10 +3110,10 @@ class ProfileServer(ThreadingHTTPServer):
 
     allow_reuse_address = True
     request_queue_size = 1024
-    document_workers = (
-        3  # with batch_size: the least that a database 5 ms away keeps busy at 256 connections (CAPACITY.md)
-    )
-    batch_size = 64  # each batch costs about 70 µs, however small; what is not full yet does not wait
+    # The least that still serves 256 clients of a database 5 ms away (the grid in tests/load/results); what is not full
+    # does not wait, but each batch costs about 70 µs, however small.
+    document_workers = 3
+    batch_size = 64
     alone_workers = 64  # while key-value is in trouble each document has a thread; started when first needed
     stuck_seconds = 0.25  # with no document worker coming back for the next batch, something may be wrong
     overdue_seconds = 0.05  # after its time-out a query that the SDK still holds is given up

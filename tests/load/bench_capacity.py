@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from micro_svc_demo import ProfileServer
 from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, TITLES
 from tests.load.bench_report import Part, Results, circumstances, number
 
@@ -120,6 +121,7 @@ def _saturation(results: Results, ours: Cost) -> list[str]:
     pods, nodes = ours.pods(rate), nodes_for(rate, ours.size)
     most_pods = NODE_CONNECTIONS // CONNECTIONS_PER_PROCESS
     low, high = VBUCKETS // nodes, math.ceil(VBUCKETS / nodes)
+    batch = ProfileServer.batch_size
     return [
         "## What saturates first",
         "",
@@ -134,8 +136,8 @@ def _saturation(results: Results, ours: Cost) -> list[str]:
         f"4. **vBuckets.** Documents are spread over {VBUCKETS} vBuckets by a hash of their ids: of {nodes} nodes each "
         f"has {low} to {high}, so the fullest has {high * nodes / VBUCKETS - 1:.1%} more than its share. What is "
         "uneven beyond that comes from popular ids: all gets of one document go to one node.",
-        f"5. **Batches over many nodes.** A batch of up to 32 documents asks up to {min(32, nodes)} nodes and is as "
-        "slow as the slowest of them: with more nodes p99 comes nearer to a node's p99.9.",
+        f"5. **Batches over many nodes.** A batch of up to {batch} documents asks up to {min(batch, nodes)} nodes, and "
+        "is as slow as the slowest of them: with more nodes p99 comes nearer to a node's p99.9.",
     ]
 
 

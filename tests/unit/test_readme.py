@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import json
 import re
 
 import micro_svc_demo as service
+from tests.load import bench_report
 from tests.service import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,3 +61,10 @@ def test_metrics_and_alerts_are_those_that_exist() -> None:
     assert labelled <= named
     rules = (ROOT / "k8s" / "monitoring" / "prometheusrule.yaml").read_text()
     assert set(re.findall(r"`(Demopy\w+)`", section)) == set(re.findall(r"alert: (\w+)", rules))
+
+
+def test_the_verdict_is_that_of_the_results() -> None:
+    section = README.partition("## How fast it is")[2].partition("\n## ")[0]
+    results = json.loads((ROOT / "tests" / "load" / "results" / "services.json").read_text(encoding="utf-8"))
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    assert table == bench_report.verdict_lines(bench_report.Results(results))
