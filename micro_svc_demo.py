@@ -2040,12 +2040,15 @@ class ProfileStore:
         self._done("get_any_replica", collection, now, "ok")
         return document
 
-    def get_many(self, collection: str, keys: list[str]) -> dict[str, Document | ProblemError]:
+    def get_many(
+        self, collection: str, keys: list[str], timeout_seconds: float | None = None
+    ) -> dict[str, Document | ProblemError]:
         """Get several documents at once: one hand-over between the threads of Python and the SDK for all of them."""
         found: dict[str, Document | ProblemError] = {}
         started, outcome = time.monotonic(), "ok"
         try:
-            answer = self._collections[collection].get_multi(keys, return_exceptions=True)
+            options = {} if timeout_seconds is None else {"timeout": timedelta(seconds=timeout_seconds)}
+            answer = self._collections[collection].get_multi(keys, return_exceptions=True, **options)
         except Exception as error:
             self._done("get_multi", collection, started, outcome_of(error), len(keys))
             return dict.fromkeys(keys, self._document_problem(error, self._node_breaker(keys[0]), started))
@@ -2166,18 +2169,24 @@ class Batch:
         """
         raise QueryPending
 
-    def fetch(self) -> None:
-        """Get what is wanted of one collection, in one operation; another collection's is asked for again."""
+    def fetch(self, timeout_seconds: float | None = None) -> None:
+        """Get what is wanted of one collection, in one operation; another collection's is asked for again.
+
+        Args:
+            timeout_seconds: for the operation; the setting's if None.
+        """
         collection, wanted = next(iter(self._wanted.items()))
         self._wanted = {}
         keys = list(wanted)
         if len(keys) == 1:  # a plain get costs a lone request less than get_multi
             try:
-                found: dict[str, Document | ProblemError] = {keys[0]: self._store.get(collection, keys[0])}
+                found: dict[str, Document | ProblemError] = {
+                    keys[0]: self._store.get(collection, keys[0], timeout_seconds)
+                }
             except ProblemError as problem:
                 found = {keys[0]: problem}
         else:
-            found = self._store.get_many(collection, keys)
+            found = self._store.get_many(collection, keys, timeout_seconds)
             for key in wanted.keys() - found.keys():
                 found[key] = ProblemError(500, "unexpected failure")
         self._found.setdefault(collection, {}).update(found)
@@ -3116,6 +3125,7 @@ class ProfileServer(ThreadingHTTPServer):
     batch_size = 64
     alone_workers = 64  # while key-value is in trouble each document has a thread; started when first needed
     stuck_seconds = 0.25  # with no document worker coming back for the next batch, something may be wrong
+    late_seconds = 0.05  # a batch whose oldest request has waited for longer has so much less time for Couchbase
     overdue_seconds = 0.05  # after its time-out a query that the SDK still holds is given up
     receive_bytes = 16_384
     max_waiting = 16  # whole requests of one connection behind the one being answered; then reading pauses
@@ -3714,7 +3724,9 @@ class ProfileServer(ThreadingHTTPServer):
                 for work in pending:
                     self._put_alone(work)
                 break
-            batch.fetch()
+            waited = time.monotonic() - pending[0].handler.started
+            late = waited > self.late_seconds
+            batch.fetch(max(0.01, self.store.timeout_seconds - waited) if late else None)
             with self._turn:
                 pending = [work for work in pending if not self._answered(work, batch)]
         self._account([work.handler for work in works if work.handler.response])

@@ -384,11 +384,13 @@ class TestBatch:
         def last_operation(self) -> None:
             return None
 
-        def get(self, collection: str, key: str) -> service.Document:
+        def get(self, collection: str, key: str, _timeout_seconds: float | None) -> service.Document:
             self.calls.append((collection, [key]))
             raise service.ProblemError(404, "no such document")
 
-        def get_many(self, collection: str, keys: list[str]) -> dict[str, service.Document | service.ProblemError]:
+        def get_many(
+            self, collection: str, keys: list[str], _timeout_seconds: float | None
+        ) -> dict[str, service.Document | service.ProblemError]:
             self.calls.append((collection, keys))
             found: dict[str, service.Document | service.ProblemError]
             found = {key: service.Document(key.encode(), 1) for key in keys if not key.endswith(("8", "9"))}
