@@ -357,9 +357,7 @@ class Log:
         self._descriptor, self._most = descriptor, 1 << 30
         if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
             self._most = PIPE_BYTES if shared else self._most
-            with contextlib.suppress(
-                OSError
-            ):  # Linux: a description of one's own, so that nobody else's gets non-blocking
+            with contextlib.suppress(OSError):  # Linux: one of one's own, so that nobody else's gets non-blocking
                 self._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
 
     def event(self, level: str, message: str, **details: object) -> None:
@@ -2131,6 +2129,11 @@ class ProfileStore:
         return ProblemError(failure.status, failure.detail)
 
 
+def time_left(started: float, timeout_seconds: float) -> float:
+    """Return for how many seconds Couchbase may still be asked for a request of `started` (monotonic)."""
+    return max(0.01, timeout_seconds - (time.monotonic() - started))
+
+
 class QueryPending(BaseException):  # a signal, not an error: passes every `except Exception`
     """`do_GET` asked for a query, which is not a document worker's to run."""
 
@@ -2206,9 +2209,8 @@ class Alone(Batch):
         Raises:
             ProblemError: it could not be got.
         """
-        waited = time.monotonic() - self._started
         try:
-            return self._store.get(collection, key, max(0.01, self._store.timeout_seconds - waited))
+            return self._store.get(collection, key, time_left(self._started, self._store.timeout_seconds))
         finally:
             self.operation = self._store.last_operation()
 
@@ -2222,9 +2224,9 @@ class ForQuery(Alone):
         Raises:
             ProblemError: it failed.
         """
-        waited = time.monotonic() - self._started
+        left = time_left(self._started, self._store.query_timeout_seconds)
         try:
-            return self._store.query(statement, parameters, max(0.01, self._store.query_timeout_seconds - waited))
+            return self._store.query(statement, parameters, left)
         finally:
             self.operation = self._store.last_operation()
 
@@ -2251,6 +2253,7 @@ _DOCS_SCRIPT = (
 )
 
 
+@functools.cache
 def docs_page(assets_url: str) -> bytes:
     """Return a page that loads Swagger UI from `assets_url`; without it, the page still links to the document."""
     return f"""<!doctype html>
@@ -2271,6 +2274,7 @@ def docs_page(assets_url: str) -> bytes:
 """.encode()
 
 
+@functools.cache
 def docs_policy(assets_url: str) -> str:
     """Return the page's Content-Security-Policy, as a whole header field: only what Swagger UI can't do without."""
     initialiser = base64.b64encode(hashlib.sha256(_DOCS_SCRIPT.encode()).digest()).decode()
@@ -2708,7 +2712,8 @@ class ProfileHandler(BaseHTTPRequestHandler):
                     raise ProblemError(405, f"{self.command} is not supported", ALLOW)
                 method()
             else:
-                self._send_wanted()
+                wanted, self._wanted = self._wanted, None
+                self._send_when_found(*wanted)
             if not self.response:
                 return b""
             self.operation = store.operation
@@ -2829,17 +2834,14 @@ class ProfileHandler(BaseHTTPRequestHandler):
         key = f"{collection}:{self.decoded(parameter)}"
         if len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES:
             raise ProblemError(400, f"the id makes a key of more than {MAX_KEY_BYTES} bytes")
-        self._wanted = (collection, key, send)
-        self._send_wanted()
+        self._send_when_found(collection, key, send)
 
-    def _send_wanted(self) -> None:
-        if self._wanted is not None:
-            wanted, self._wanted = self._wanted, None
-            document = self.store.get(wanted[0], wanted[1])
-            if document is None:
-                self._wanted = wanted
-            else:
-                wanted[2](document)
+    def _send_when_found(self, collection: str, key: str, send: Callable[[Document], None]) -> None:
+        document = self.store.get(collection, key)
+        if document is None:
+            self._wanted = (collection, key, send)
+        else:
+            send(document)
 
     def decoded(self, parameter: str) -> str:
         """Decode a path parameter.
@@ -3098,6 +3100,13 @@ class DocumentQueue:
         """Wait for a call; False: it is the end."""
         return self._calls.get()
 
+    def oldest(self) -> float:
+        """Return when what has waited longest came (monotonic seconds); infinite if nothing waits."""
+        try:
+            return self._works[0].handler.started
+        except IndexError:
+            return math.inf
+
     def take(self, most: int) -> list[Work]:
         """Take out as many as there are, at most so many; does not wait."""
         works: list[Work] = []
@@ -3164,7 +3173,7 @@ class ProfileServer(ThreadingHTTPServer):
         self._running: dict[ProfileHandler, Work] = {}  # queries that a worker has in hand
         self._lock = threading.Lock()  # of `_running` and of starting workers
         self._minding_queries = False
-        self._documents_since = self._documents_taken = 0.0
+        self._documents_taken = 0.0
         self._was_ready = False
         self._clients = 0
         self._alone_started = 0
@@ -3361,7 +3370,7 @@ class ProfileServer(ThreadingHTTPServer):
 
     def _mind_documents(self, now: float) -> None:
         """When every document worker is stuck with its batch, let those that wait go on alone."""
-        if now - max(self._documents_since, self._documents_taken) > self.stuck_seconds:
+        if now - max(self._documents.oldest(), self._documents_taken) > self.stuck_seconds:
             self.store.suspect(1.0)
             for work in self._documents.take(len(self._documents)):
                 self._put_alone(work)
@@ -3545,8 +3554,6 @@ class ProfileServer(ThreadingHTTPServer):
         elif self.store.troubled:
             self._put_alone(work)
         else:
-            if not self._documents:
-                self._documents_since = handler.started
             self._documents.put(work)
 
     def _put_alone(self, work: Work) -> None:
@@ -3724,9 +3731,8 @@ class ProfileServer(ThreadingHTTPServer):
                 for work in pending:
                     self._put_alone(work)
                 break
-            waited = time.monotonic() - pending[0].handler.started
-            late = waited > self.late_seconds
-            batch.fetch(max(0.01, self.store.timeout_seconds - waited) if late else None)
+            left = time_left(pending[0].handler.started, self.store.timeout_seconds)
+            batch.fetch(left if left < self.store.timeout_seconds - self.late_seconds else None)
             with self._turn:
                 pending = [work for work in pending if not self._answered(work, batch)]
         self._account([work.handler for work in works if work.handler.response])

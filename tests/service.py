@@ -1,5 +1,6 @@
 """The service in a process of its own, for tests: started by its command line, asked over real sockets."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -29,6 +31,22 @@ class Answer(NamedTuple):
     def json(self) -> Any:
         """Return the decoded body."""
         return json.loads(self.body)
+
+
+def ask(
+    port: int, path: str, headers: Mapping[str, str], method: str = "GET", seconds: float = REQUEST_SECONDS
+) -> Answer:
+    """Send one request on a connection of its own.
+
+    Raises:
+        OSError, http.client.HTTPException: there is no answer.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
+    with contextlib.closing(connection):
+        connection.request(method, path, headers=headers)
+        response = connection.getresponse()
+        fields = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, fields, response.read())
 
 
 def settings_for(database: Any) -> dict[str, str]:
@@ -146,18 +164,10 @@ class ServiceProcess:
         self, method: str, path: str, token: str | None = None, port: int | None = None, **headers: str
     ) -> Answer:
         """Send one request on a connection of its own; underscores in header names stand for dashes."""
-        connection = http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=REQUEST_SECONDS)
         fields = {name.replace("_", "-"): value for name, value in headers.items()}
         if token is not None:
             fields["Authorization"] = f"Bearer {token}"
-        try:
-            connection.request(method, path, headers=fields)
-            response = connection.getresponse()
-            return Answer(
-                response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
-            )
-        finally:
-            connection.close()
+        return ask(port or self.port, path, fields, method)
 
     def get(self, path: str, token: str | None = None, port: int | None = None, **headers: str) -> Answer:
         """Send one GET."""

@@ -5,12 +5,10 @@ do not exist, and with bad tokens, at a steady rate. A schedule drawn from the s
 answer must be one that the contract allows at that moment, with the body that was stored, within its deadline.
 """
 
-import argparse
 import asyncio
 import base64
 import contextlib
 import json
-import os
 import random
 import re
 import sys
@@ -19,12 +17,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from tests import sample_data
 from tests.chaos.clients import Client, Record, allowance, lags
 from tests.emulator.process import EmulatorProcess
-from tests.load.clients import descriptors, resident_bytes
+from tests.load.clients import descriptors, resident_bytes, threads
+from tests.sample_data import OneLineParser, whole_number
 from tests.service import ServiceProcess, settings_for
 
 PROFILES, PICTURES = 500, 50
@@ -206,7 +205,7 @@ class Usage(NamedTuple):
     @classmethod
     def of(cls, pid: int) -> "Usage":
         """Read it from Linux's /proc."""
-        return cls(len(os.listdir(f"/proc/{pid}/task")), descriptors(pid), resident_bytes(pid))
+        return cls(threads(pid), descriptors(pid), resident_bytes(pid))
 
     def rows(self) -> dict[str, float]:
         """Return it by name, in the units of the table."""
@@ -405,25 +404,6 @@ def is_so(judge: Callable[[bytes], bool], body: bytes) -> bool:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return judge(body)
     return False
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and end with exit code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return a converter for numbers in a range."""
-
-    def convert(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be a number from {low} to {high}, not {text!r}")
-        return int(text)
-
-    return convert
 
 
 def main(argv: Sequence[str] | None = None) -> int:

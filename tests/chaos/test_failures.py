@@ -1,7 +1,6 @@
 """The failure map at work, and that no answer is later than its time-out plus 100 ms whatever Couchbase does."""
 
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from tests.chaos.clients import Load, Record, allowance, ask_at_once, by_status
 from tests.chaos.conftest import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, SHORT, TIMEOUT_SECONDS, TOKEN
 from tests.emulator.process import EmulatorProcess
 from tests.emulator.sdk import connect
+from tests.load.clients import threads
 from tests.service import ServiceProcess, settings_for
 
 ID, PICTURE, LOOKUP = "/api/v1/id/1", "/api/v1/picture/raw/1", "/api/v1/nickname/nobody"
@@ -224,16 +224,13 @@ def test_a_query_service_that_has_forgotten_its_statements(database: EmulatorPro
         def ask() -> list[int]:
             return [service.get(path, TOKEN).status for path in paths]
 
-        def threads() -> int:
-            return len(os.listdir(f"/proc/{service.process.pid}/task"))
-
         assert ask() == [404, 404]
-        before = threads()
+        before = threads(service.process.pid)
         database.fault("forget")
         assert ask() == [504, 404]
         for _ in range(20):
             assert ask() == [404, 404]
-        assert threads() == before + 1
+        assert threads(service.process.pid) == before + 1
 
 
 def test_threads_that_ask_while_a_query_is_given_up(database: EmulatorProcess, service: ServiceProcess) -> None:

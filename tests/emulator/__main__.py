@@ -9,42 +9,21 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import fields
-from typing import NoReturn
 
 from tests.emulator import DEFAULT_PICTURES, Emulator, Options
 from tests.emulator.nodes import PortInUseError
 from tests.emulator.tls import CERTIFICATES
 from tests.emulator.users import Role
+from tests.sample_data import MAX_PROFILES, OneLineParser, whole_number
 
 try:
     from uvloop import new_event_loop
 except ImportError:  # It is only faster.
     from asyncio import new_event_loop  # type: ignore[assignment]
 
-MAX_PROFILES = 5_000_000
 MAX_PORT = 65_535
 USAGE_ERROR = 2
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and end with exit code 2."""
-        self.exit(USAGE_ERROR, f"{self.prog}: {message}\n")
-
-
-def whole_number(most: int) -> Callable[[str], int]:
-    """Return a converter for numbers from 0 to `most`."""
-
-    def convert(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > most:
-            raise argparse.ArgumentTypeError(f"must be a number from 0 to {most}, not {text!r}")
-        return int(text)
-
-    return convert
 
 
 def name(text: str) -> str:
@@ -64,7 +43,7 @@ def roles(text: str) -> tuple[Role, ...]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; its defaults are those of `Options`."""
-    port = whole_number(MAX_PORT)
+    port = whole_number(0, MAX_PORT)
     flags = OneLineParser(
         prog="emulator",
         description="An in-memory stand-in for Couchbase Server. Prints one line of JSON when it is ready; "
@@ -85,14 +64,16 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--roles", type=roles, metavar="ROLE,…", help="such as data_reader[bucket:scope:collection]")
     flags.add_argument("--bucket", type=name, help="the bucket's name")
     flags.add_argument("--token", help="the token of the service; random by default")
-    flags.add_argument("--profiles", type=whole_number(MAX_PROFILES), metavar="N", help="how many sample profiles")
+    flags.add_argument("--profiles", type=whole_number(0, MAX_PROFILES), metavar="N", help="how many sample profiles")
     flags.add_argument(
         "--pictures",
-        type=whole_number(MAX_PROFILES),
+        type=whole_number(0, MAX_PROFILES),
         metavar="N",
         help=f"how many pictures; by default one a profile, up to {DEFAULT_PICTURES}",
     )
-    flags.add_argument("--seed", type=whole_number(2**31), metavar="N", help="what the sample data is generated from")
+    flags.add_argument(
+        "--seed", type=whole_number(0, 2**31), metavar="N", help="what the sample data is generated from"
+    )
     flags.add_argument("--empty", action="store_true", help="leave the bucket without scopes and collections")
     flags.add_argument("--until-stdin-closes", action="store_true", help="end when the standard input does")
     flags.set_defaults(**{option.name: option.default for option in fields(Options)})

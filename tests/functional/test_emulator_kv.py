@@ -9,7 +9,6 @@ import ssl
 import struct
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import couchbase.subdocument as subdoc
@@ -44,6 +43,7 @@ from couchbase.transcoder import RawBinaryTranscoder, RawJSONTranscoder
 from tests.emulator.process import EmulatorProcess
 from tests.emulator.raw import RawClient, packet
 from tests.emulator.sdk import connect
+from tests.load.clients import resident_bytes
 
 PROFILES = 200
 SHORT = timedelta(seconds=0.7)
@@ -489,14 +489,6 @@ def test_a_client_that_does_not_read_costs_little_memory(emulator: EmulatorProce
             status, body = client.reply()
             assert (status, len(body)) == (0, 4 + size)
     users.remove("megabyte")
-
-
-def resident_bytes(pid: int) -> int:
-    """Return how much memory a process has."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no VmRSS")
 
 
 def test_nothing_is_served_before_sign_in_and_bucket(emulator: EmulatorProcess) -> None:

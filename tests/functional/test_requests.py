@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 import micro_svc_demo as service
-from tests.load.clients import Conversation, Reply, request
-from tests.service import ServiceProcess, settings_for
+from tests.load.clients import Conversation, request
+from tests.service import Answer, ServiceProcess, settings_for
 
 CORPUS = Path(__file__).parent / "requests"
 REFUSALS = {400, 408, 413, 414, 417, 431}
@@ -88,7 +88,7 @@ def single(database) -> Iterator[ServiceProcess]:
         yield running
 
 
-def exchange(port: int, case: Case, pieces: Iterable[bytes]) -> list[Reply]:
+def exchange(port: int, case: Case, pieces: Iterable[bytes]) -> list[Answer]:
     """Send the pieces; return the answers, having checked that the connection then is closed, or is not."""
     methods = iter(case.methods)
     with Conversation(port) as client:

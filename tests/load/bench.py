@@ -16,8 +16,9 @@ from typing import Any
 from tests.load import bench_backend, bench_check, bench_plan
 from tests.load.bench_backend import Backend
 from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, Lives, Scenario, Setup
-from tests.load.bench_processes import ROOT, Answer, Load, RunError, Service, measure, run_wrk
+from tests.load.bench_processes import Load, RunError, Service, measure, run_wrk
 from tests.load.bench_tools import PEERS, Tools, output_of
+from tests.service import ROOT, Answer
 
 SDK_LOOPS = {
     "plain gets, 8 threads": (8, 1),

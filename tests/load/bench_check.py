@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from tests.load.bench_backend import Backend
-from tests.load.bench_processes import Answer, ask
+from tests.service import Answer, ask
 
 SAME_HEADERS = ("cache-control", "x-content-type-options", "x-request-id", "www-authenticate", "link")
 REQUEST_ID = "the-same-for-all"

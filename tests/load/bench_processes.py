@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Self
 from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, THREADING, Scenario, Setup
 from tests.load.bench_tools import PEERS, Tools
 from tests.load.clients import cpu_seconds, resident_bytes
+from tests.service import ROOT, ask
 
-ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 30.0
 STOP_SECONDS = 25.0
 REQUEST_SECONDS = 10.0
@@ -32,28 +32,6 @@ ERROR_BYTES = 2000
 
 class RunError(Exception):
     """A service, or wrk, did not do what it should; the message is one line."""
-
-
-class Answer(NamedTuple):
-    """One HTTP answer; `headers` has the names in lower case."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-
-def ask(port: int, path: str, headers: dict[str, str], method: str = "GET") -> Answer:
-    """Send one request on a connection of its own.
-
-    Raises:
-        OSError, http.client.HTTPException: there is no answer.
-    """
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=REQUEST_SECONDS)
-    with contextlib.closing(connection):
-        connection.request(method, path, headers=headers)
-        response = connection.getresponse()
-        fields = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, fields, response.read())
 
 
 def free_port() -> int:
@@ -144,7 +122,10 @@ class Service:
     def _answers(self) -> bool:
         try:
             return (
-                ask(self.port, "/api/v1/id/1", {"Authorization": f"Bearer {self._token}"}).status == http.HTTPStatus.OK
+                ask(
+                    self.port, "/api/v1/id/1", {"Authorization": f"Bearer {self._token}"}, seconds=REQUEST_SECONDS
+                ).status
+                == http.HTTPStatus.OK
             )
         except (OSError, http.client.HTTPException):
             return False

@@ -6,20 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import h11
 
+from tests.service import Answer
+
 TIMEOUT_SECONDS = 8.0
 RECEIVE_BYTES = 65_536
-
-
-class Reply(NamedTuple):
-    """One answer; `headers` has the names in lower case."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
 
 
 class Conversation:
@@ -69,7 +63,7 @@ class Conversation:
         with suppress(OSError):  # the server has closed already
             self.socket.shutdown(socket.SHUT_WR)
 
-    def answer(self, method: str = "GET") -> Reply | None:
+    def answer(self, method: str = "GET") -> Answer | None:
         """Return the next answer (a 100 is one of its own), None where the server has closed instead.
 
         Args:
@@ -91,7 +85,7 @@ class Conversation:
                 parser.receive_data(data)
             elif isinstance(event, h11.InformationalResponse):
                 self._parser = parser
-                return Reply(event.status_code, {}, b"")
+                return Answer(event.status_code, {}, b"")
             elif isinstance(event, h11.Response):
                 status = event.status_code
                 headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
@@ -99,7 +93,7 @@ class Conversation:
                 body += bytes(event.data)
             elif isinstance(event, h11.EndOfMessage):
                 self._rest = parser.trailing_data[0]
-                return Reply(status, headers, body)
+                return Answer(status, headers, body)
             else:
                 raise h11.RemoteProtocolError(f"unexpected {event}")
 
@@ -113,7 +107,7 @@ class Conversation:
         self._rest = b""
         return parser
 
-    def ask(self, request: bytes, method: str = "GET") -> Reply:
+    def ask(self, request: bytes, method: str = "GET") -> Answer:
         """Send one request and return its answer.
 
         Raises:
@@ -185,6 +179,11 @@ def resident_bytes(pid: int) -> int:
 def descriptors(pid: int) -> int:
     """Return how many descriptors a process has open (Linux)."""
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def threads(pid: int) -> int:
+    """Return how many threads a process has."""
+    return len(os.listdir(f"/proc/{pid}/task"))
 
 
 def cpu_seconds(pid: int) -> float:
