@@ -204,6 +204,9 @@ class Settings:
         "TOKEN_REFRESH_SECONDS", "30", "1 to 86400", "how often the token is read again", _integer(1, 86_400))
     shutdown_seconds: int = _setting(
         "SHUTDOWN_SECONDS", "20", "0 to 3600", "how long running requests may take to finish", _integer(0, 3600))
+    cpu_affinity: str = _setting(
+        "CPU_AFFINITY", "auto", "auto or off",
+        "auto: a process keeps to one processor at a time, the least used", _choice("auto", "off"))
     trusted_proxies: tuple[Network, ...] = _setting(
         "TRUSTED_PROXIES", "", "addresses or networks, with commas",
         "whose X-Forwarded-For names the client", _networks)
@@ -1171,6 +1174,96 @@ def process_usage() -> tuple[int, int, int]:
         return cpu, resident, len(os.listdir("/proc/self/fd"))
     except OSError:  # not Linux: the peak is the nearest that there is
         return cpu, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024), 0
+
+
+# ── Processor ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def busy_seconds(stat: str) -> dict[int, float]:
+    """Return for how long each processor has been busy since the machine started.
+
+    Args:
+        stat: the text of /proc/stat (proc_stat(5)).
+    """
+    busy = {}
+    for line in stat.splitlines():
+        if name := re.match(r"cpu([0-9]+) ", line):
+            user, nice, system, _idle, _waiting, *others = map(int, line.split()[1:9])
+            busy[int(name[1])] = sum((user, nice, system, *others)) / os.sysconf("SC_CLK_TCK")
+    return busy
+
+
+def calmer_processors(home: int, others: Mapping[int, float], margin: float = 0.25) -> list[int]:
+    """Return the processors that other processes leave enough more of to be worth moving to; often none.
+
+    Args:
+        home: the one that is kept to now.
+        others: the share of each, 0 to 1, that other processes use.
+        margin: how much more.
+    """
+    return [processor for processor, share in others.items() if share <= others[home] - margin]
+
+
+class Processor:
+    """Keeps all threads of this process on one processor at a time, and moves them when others crowd it.
+
+    Python runs one of them at a time, and the SDK's own in turns with it. Where each hand-over wakes up another
+    processor it costs more than the work that is handed over. With 32 clients, on two processors that a database and a
+    load generator share (requests/s and CPU a request; lookups by nickname behind them):
+
+    - wherever the kernel puts them: 21,700/s, 45 µs; 2,200/s
+    - on one processor: 24,800/s, 37 µs; 4,500/s
+    - and not interrupting each other when one wakes up (SCHED_BATCH, sched(7)): 26,700/s, 33 µs; 4,900/s
+    """
+
+    look_seconds = 1.0
+
+    def __init__(self, number: int) -> None:
+        """Keep the calling thread, and those that it will start, to one of the processors that it may use.
+
+        Args:
+            number: which of them to begin with, counted round; the processes of a service begin with different ones.
+
+        Raises:
+            OSError, KeyError, AttributeError: this system does not let it, does not tell, or has no such thing.
+        """
+        self._allowed = sorted(os.sched_getaffinity(0))
+        self.home = self._allowed[number % len(self._allowed)]
+        self._seen = self._look()
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        os.sched_setaffinity(0, {self.home})
+
+    def _look(self) -> tuple[float, float, dict[int, float]]:
+        """Return now, this process's CPU seconds, and the busy seconds of the processors it may use."""
+        with open("/proc/stat", encoding="ascii") as file:
+            busy = busy_seconds(file.read())
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return time.monotonic(), used.ru_utime + used.ru_stime, {number: busy[number] for number in self._allowed}
+
+    def keep(self) -> bool:
+        """Move to a calmer processor if others crowd this one; tell whether it has.
+
+        Raises:
+            OSError, KeyError: this system does not let it any more, or does not tell.
+        """
+        if time.monotonic() < self._seen[0] + self.look_seconds:
+            return False
+        (then, used_then, busy_then), (now, used, busy) = self._seen, self._look()
+        self._seen = now, used, busy
+        others = {number: (busy[number] - busy_then[number]) / (now - then) for number in self._allowed}
+        others[self.home] -= (used - used_then) / (now - then)
+        calmer = calmer_processors(self.home, others)
+        # by chance, as two processes that have met on one processor must not go on meeting
+        if not calmer or random.getrandbits(1):
+            return False
+        self.home = random.choice(calmer)  # noqa: S311  # not a secret
+        moved: set[str] = set()
+        while left := set(os.listdir("/proc/self/task")) - moved:  # threads that one just moved starts come along
+            for thread in left:
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.sched_setaffinity(int(thread), {self.home})
+            moved |= left
+        return True
 
 
 # ── Traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3182,6 +3275,7 @@ class ProfileServer(ThreadingHTTPServer):
         self._wake_end: socket.socket | None = None
         self._stopping = False
         self.supervisor: int | None = None  # the parent's process id, if this is one worker of several
+        self.first_processor = random.randrange(1 << 16)  # noqa: S311  # not a secret; before the fork, for all workers
         self._accept_at = 0.0  # monotonic seconds; infinite while the listeners are watched
         self._stepped_back = False
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -3839,13 +3933,41 @@ def backoff(low: float = 0.2, high: float = 5.0) -> Iterator[float]:
         delay = min(high, delay * 2)
 
 
-def keep_ready(server: ProfileServer, stop: threading.Event, fatal: Callable[[str], None]) -> None:
+def settle(server: ProfileServer) -> Callable[[], None]:
+    """Keep this process to one processor, if the settings want it and the system lets it.
+
+    Returns:
+        What is to be called about once a second, so that it stays a good one.
+    """
+    if server.settings.cpu_affinity == "off":
+        return lambda: None
+    try:
+        processor = Processor(server.first_processor + server.metrics.row)
+    except (OSError, KeyError, AttributeError) as error:
+        server.log.event("debug", "no processor of its own", error=describe(error))
+        return lambda: None
+    server.log.event("debug", "keeps to one processor", processor=processor.home)
+
+    def keep() -> None:
+        try:
+            if processor.keep():
+                server.log.event("debug", "moved to another processor", processor=processor.home)
+        except (OSError, KeyError) as error:
+            server.log.event("debug", "cannot look for a calmer processor", error=describe(error))
+
+    return keep
+
+
+def keep_ready(
+    server: ProfileServer, stop: threading.Event, fatal: Callable[[str], None], keep_processor: Callable[[], None]
+) -> None:
     """Connect and read the token, again and again until both work; then look every two seconds whether all is well.
 
     Args:
         server: whose store to look after, and whom to tell when it is ready.
         stop: ends it, within the next check.
         fatal: called with the reason once waiting cannot cure the failure.
+        keep_processor: called after each look.
     """
     store, log = server.store, server.log
     for delay in backoff():
@@ -3869,6 +3991,7 @@ def keep_ready(server: ProfileServer, stop: threading.Event, fatal: Callable[[st
         except Exception as error:
             log.event("error", "the background check failed", error=describe(error))
         server.tell_ready()
+        keep_processor()
 
 
 def serve(server: ProfileServer, report: Callable[[str], None]) -> int:
@@ -3888,7 +4011,8 @@ def serve(server: ProfileServer, report: Callable[[str], None]) -> int:
         server.tracer = start_tracing(os.environ)  # here: an exporter's threads would not survive a fork
     except FatalError as error:
         fatal(str(error))
-    keeper = threading.Thread(target=keep_ready, args=(server, stop, fatal), daemon=True)
+    keep_processor = settle(server)  # before the first thread, as those inherit it
+    keeper = threading.Thread(target=keep_ready, args=(server, stop, fatal, keep_processor), daemon=True)
     keeper.start()
     server.serve_forever()
     for number in STOP_SIGNALS:  # a second one must not kill what is about to end with its own exit code

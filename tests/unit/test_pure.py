@@ -204,3 +204,32 @@ class TestLog:
                 raise RuntimeError("no text")
 
         assert service.describe(Broken()) == "Broken"
+
+
+class TestProcessors:
+    STAT = """cpu  700 20 300 9000 50 10 20 30 0 0
+cpu0 500 10 200 4000 25 5 10 15 0 0
+cpu11 200 10 100 5000 25 5 10 15 0 0
+intr 12345 0 9
+ctxt 99
+"""
+
+    def test_busy_is_all_but_idle_and_waiting(self) -> None:
+        """In seconds, by processor, without the line for all of them."""
+        ticks = os.sysconf("SC_CLK_TCK")
+        assert service.busy_seconds(self.STAT) == {0: 740 / ticks, 11: 340 / ticks}
+
+    @pytest.mark.parametrize(
+        ("others", "calmer"),
+        [
+            ({0: 0.9, 1: 0.1, 2: 0.8, 3: 0.5}, [1, 3]),
+            ({0: 0.2, 1: 0.0}, []),
+            ({0: 0.25, 1: 0.0}, [1]),
+            ({0: 1.0, 1: 1.0}, []),
+            ({0: 1.0}, []),
+        ],
+    )
+    def test_only_what_is_calmer_by_a_quarter_is_worth_moving_to(
+        self, others: dict[int, float], calmer: list[int]
+    ) -> None:
+        assert service.calmer_processors(0, others) == calmer

@@ -1,0 +1,67 @@
+"""A process keeps to one processor, leaves it when others crowd it, and can be told not to."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.service import ServiceProcess, settings_for
+
+ALL = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+MOVE_SECONDS = 120.0  # other tests may crowd the other processors meanwhile
+pytestmark = pytest.mark.skipif(len(ALL) < 2, reason="needs Linux and two processors")
+
+
+def processors(pid: int) -> set[frozenset[int]]:
+    """Return the sets of processors that a process's threads may use."""
+    threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+    assert len(threads) > 8  # the workers and the SDK's threads are there
+    return {frozenset(os.sched_getaffinity(thread)) for thread in threads}
+
+
+def policies(pid: int) -> set[int]:
+    """Return the scheduling policies of a process's threads."""
+    return {os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
+
+
+@contextmanager
+def crowd(processor: int) -> Iterator[None]:
+    """Keep a processor busy with what may run nowhere else."""
+    code = f"import os\nos.sched_setaffinity(0, {{{processor}}})\nprint(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as hog:
+        try:
+            assert hog.stdout is not None and hog.stdout.readline() == b"\n"
+            yield
+        finally:
+            hog.kill()
+
+
+def test_all_threads_are_on_one_processor_and_leave_it_when_it_is_crowded(database) -> None:
+    with ServiceProcess(settings_for(database) | {"LOG_LEVEL": "debug"}) as service:
+        assert service.get("/api/v1/id/1", database.token).status == 200
+        [home] = processors(service.process.pid)
+        assert len(home) == 1
+        assert policies(service.process.pid) == {os.SCHED_BATCH}
+        with crowd(*home):
+            moved = service.wait_for("moved to another processor", MOVE_SECONDS)
+            assert moved["processor"] in ALL - home
+        assert len(processors(service.process.pid)) == 1
+        assert service.get("/api/v1/id/1", database.token).status == 200
+
+
+def test_the_processes_of_a_service_begin_on_different_processors(database) -> None:
+    with ServiceProcess(settings_for(database) | {"WORKERS": "2", "LOG_LEVEL": "debug"}) as service:
+        chosen = {service.wait_for("keeps to one processor")["processor"] for _ in range(2)}
+        children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
+        assert [len(processors(int(child))) for child in children] == [1, 1]
+    assert len(chosen) == 2 and chosen <= ALL
+
+
+def test_off_leaves_it_to_the_kernel(database) -> None:
+    with ServiceProcess(settings_for(database), "--cpu-affinity", "off") as service:
+        assert processors(service.process.pid) == {frozenset(ALL)}
+        assert policies(service.process.pid) == {os.SCHED_OTHER}
