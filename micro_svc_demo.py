@@ -303,17 +303,17 @@ class SecondClock:
     """Wall-clock texts that are made once a second, because formatting a date costs more than parsing a request."""
 
     def __init__(self) -> None:
-        self._made: tuple[int, bytes, str] = (-1, b"", "")
+        self._made: tuple[int, str, str] = (-1, "", "")
 
-    def _texts(self, second: int) -> tuple[int, bytes, str]:
+    def _texts(self, second: int) -> tuple[int, str, str]:
         made = self._made
         if made[0] != second:
             # one assignment of a whole tuple: other threads see the old texts or the new ones, never a mixture
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-            made = self._made = (second, formatdate(second, usegmt=True).encode(), stamp)
+            made = self._made = (second, formatdate(second, usegmt=True), stamp)
         return made
 
-    def http_date(self) -> bytes:
+    def http_date(self) -> str:
         """Return now as an IMF-fixdate (RFC 9110, 5.6.7)."""
         return self._texts(int(time.time()))[1]
 
@@ -555,6 +555,7 @@ _BEGINNING = re.compile(rb"(?:\r\n)?(?:[A-Z][A-Z0-9_-]{0,31}(?: |\Z)|\Z)|\r\Z")
 _CHUNK_LINE_BEGINNING = re.compile(rb"(?:[0-9A-Fa-f]{1,8}(?:;[\t -~]{0,256})?)?\r?\Z")
 _MAX_BEGINNING_BYTES = 40
 _MAX_REQUEST_LINE_BYTES = MAX_TARGET_BYTES + 64
+_MOST_REMEMBERED_BYTES = 1024  # of fields, a connection
 
 # Fields of which a second one would leave it open which of the two counts.
 _SINGLE_FIELDS = frozenset(
@@ -705,7 +706,7 @@ class Framer:
     """Cuts a client's bytes into whole request heads; bodies are skipped. Pure: bytes in, heads out."""
 
     __slots__ = (
-        *("_body", "_head", "_inbox", "_line_seen", "_scanned", "_skipped", "_trailers"),
+        *("_again", "_body", "_fields", "_head", "_inbox", "_line_seen", "_scanned", "_skipped", "_trailers"),
         *("expects_continue", "refused"),
     )
 
@@ -717,6 +718,8 @@ class Framer:
         self._body: int | None = 0  # bytes of it to skip; None: chunked
         self._skipped = 0
         self._trailers = False  # the last chunk is behind
+        self._fields = b""  # as they came with the last request, which is `_again`
+        self._again: Head | None = None
         self.expects_continue = False  # the client waits for a 100 before it sends the body
         self.refused = False
 
@@ -731,15 +734,25 @@ class Framer:
     def take_whole(self, data: bytes) -> Head | None:
         """Return the head if the data is one whole request without a body and nothing else: the common case.
 
-        Whatever is wrong with it is for `feed` to find.
+        Most clients send the same fields with each request of a connection: those are parsed once, which takes 1.2
+        instead of 2.1 µs. Whatever is wrong with the request is for `feed` to find.
         """
         if self._inbox or self._head is not None or not data.endswith(_END_OF_HEAD) or len(data) > MAX_TARGET_BYTES:
             return None
+        line, _, fields = data.partition(b"\r\n")
+        if fields == self._fields and self._again is not None:
+            found, again = _REQUEST_LINE.fullmatch(line.decode("latin-1")), self._again
+            if found is not None and found[3] == again.version and found[2][0] == "/":
+                return tuple.__new__(Head, (found[1], found[2], again.version, again.fields))
         try:
             head = parse_head(data)
         except ProblemError:
             return None
-        return None if "content-length" in head.fields or "transfer-encoding" in head.fields else head
+        if "content-length" in head.fields or "transfer-encoding" in head.fields:
+            return None
+        if len(fields) <= _MOST_REMEMBERED_BYTES and b" /" in line:  # else the target has changed Host
+            self._fields, self._again = fields, head
+        return head
 
     def feed(self, data: bytes, room: int = 1 << 30) -> list[Head | ProblemError]:
         """Take what was received; return the heads that are whole now.
@@ -2699,7 +2712,7 @@ _REPLICA = ((), ("X-Couchbase-Replica: true",))
 HTTP_NO_CONTENT = 204  # an int, as comparing with an HTTPStatus costs ten times as much
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PICTURE_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,31}")
-_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nDate: ".encode() for status in HTTPStatus}
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 
 
 class Pictures:
@@ -2747,6 +2760,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
 
     # What is not known yet, as class attributes: an instance is made for each request, and most never change.
     server: ProfileServer
+    connection: Connection  # where the request came from, and the answer goes to
     headers: Mapping[str, str] = MappingProxyType({})  # type: ignore[assignment]  # the base's are an email.message.Message
     command = path = query = route = client = request_id = ""
     request_version = "HTTP/1.1"
@@ -2800,7 +2814,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             if last and self.server.draining:
                 self.close_connection = True
             if self._wanted is None:
-                method = getattr(self, f"do_{self.command}", None)
+                method = getattr(self, "do_" + self.command, None)
                 if method is None:
                     raise ProblemError(405, f"{self.command} is not supported", ALLOW)
                 method()
@@ -3016,31 +3030,30 @@ class ProfileHandler(BaseHTTPRequestHandler):
             cas: what the ETag is made of, None for no ETag.
             *headers: further whole header fields.
         """
-        text = f"X-Request-ID: {self.request_id}\r\nX-Content-Type-Options: nosniff\r\n"
+        # what is not there is empty: putting all together at once takes half the time of one after the other
+        typed = tag = cached = kept = further = ""
         if status != HTTP_NO_CONTENT:  # which may not have a length (RFC 9110, 8.6)
-            text += f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+            typed = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
         if cas is not None:
-            tag = f'"{cas:x}"'
-            text += f"ETag: {tag}\r\n"
-            if "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], tag):
+            tag = f'ETag: "{cas:x}"\r\n'
+            if "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], tag[6:-2]):
                 status, body = 304, b""
         if self.path.startswith("/api/"):
-            text += "Cache-Control: private, no-cache\r\n"
+            cached = "Cache-Control: private, no-cache\r\n"
         if self.close_connection:
-            text += "Connection: close\r\n"
+            kept = "Connection: close\r\n"
         elif self.request_version == "HTTP/1.0":
-            text += "Connection: keep-alive\r\n"
-        for header in headers:
-            text += f"{header}\r\n"
+            kept = "Connection: keep-alive\r\n"
+        if headers:
+            further = "\r\n".join((*headers, ""))
         if self.command == "HEAD":
             body = b""
         self.status = status
-        self.response = b"%b%b\r\n%b\r\n%b" % (
-            _STATUS_LINES[status],
-            CLOCK.http_date(),
-            text.encode("latin-1"),
-            body,
+        head = (
+            f"{_STATUS_LINES[status]}Date: {CLOCK.http_date()}\r\nX-Request-ID: {self.request_id}\r\n"
+            f"X-Content-Type-Options: nosniff\r\n{typed}{tag}{cached}{kept}{further}\r\n"
         )
+        self.response = head.encode("latin-1") + body
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Note what log, metrics and traces will say of this answer; `Log.requests` writes the line, once a batch."""
@@ -3119,13 +3132,6 @@ class Connection(Framer):
         self.events = 0  # what the selector watches
 
 
-class Work(NamedTuple):
-    """One whole request on its way to a worker."""
-
-    connection: Connection
-    handler: ProfileHandler
-
-
 class QueryQueue:
     """The bulkhead in front of the query workers: bounded, and nobody waits in it for long."""
 
@@ -3133,34 +3139,38 @@ class QueryQueue:
     patience_seconds = 0.25
 
     def __init__(self) -> None:
-        self._works: deque[tuple[float, Work | None]] = deque()
+        self._waiting: deque[tuple[float, ProfileHandler | None]] = deque()
         self._filled = threading.Condition()
 
     def __len__(self) -> int:
-        return len(self._works)
+        return len(self._waiting)
 
-    def put(self, work: Work | None) -> bool:
+    def put(self, handler: ProfileHandler | None) -> bool:
         """Append; False if there is no room."""
         with self._filled:
-            if work is not None and len(self._works) >= self.bound:
+            if handler is not None and len(self._waiting) >= self.bound:
                 return False
-            self._works.append((time.monotonic(), work))
+            self._waiting.append((time.monotonic(), handler))
             self._filled.notify()
         return True
 
-    def get(self) -> Work | None:
+    def get(self) -> ProfileHandler | None:
         """Wait for the next."""
         with self._filled:
-            while not self._works:
+            while not self._waiting:
                 self._filled.wait()
-            return self._works.popleft()[1]
+            return self._waiting.popleft()[1]
 
-    def expired(self, now: float) -> list[Work]:
+    def expired(self, now: float) -> list[ProfileHandler]:
         """Take out those that have waited too long."""
+        late: list[ProfileHandler] = []
         with self._filled:
-            late: list[Work] = []
-            while self._works and self._works[0][1] is not None and now - self._works[0][0] > self.patience_seconds:
-                late.append(self._works.popleft()[1])  # type: ignore[arg-type]  # not None, as the line above says
+            while self._waiting and now - self._waiting[0][0] > self.patience_seconds:
+                handler = self._waiting[0][1]
+                if handler is None:
+                    break
+                self._waiting.popleft()
+                late.append(handler)
         return late
 
 
@@ -3171,22 +3181,22 @@ class DocumentQueue:
     """
 
     def __init__(self) -> None:
-        self._works: deque[Work] = deque()
+        self._waiting: deque[ProfileHandler] = deque()
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def __len__(self) -> int:
-        return len(self._works)
+        return len(self._waiting)
 
-    def put(self, work: Work | None) -> None:
+    def put(self, handler: ProfileHandler | None) -> None:
         """Append; nobody is woken before `call`. None ends one worker."""
-        if work is None:
+        if handler is None:
             self._calls.put(False)
         else:
-            self._works.append(work)
+            self._waiting.append(handler)
 
     def call(self) -> None:
         """Wake a worker if anything waits."""
-        if self._works:
+        if self._waiting:
             self._calls.put(True)
 
     def wait(self) -> bool:
@@ -3196,20 +3206,20 @@ class DocumentQueue:
     def oldest(self) -> float:
         """Return when what has waited longest came (monotonic seconds); infinite if nothing waits."""
         try:
-            return self._works[0].handler.started
+            return self._waiting[0].started
         except IndexError:
             return math.inf
 
-    def take(self, most: int) -> list[Work]:
+    def take(self, most: int) -> list[ProfileHandler]:
         """Take out as many as there are, at most so many; does not wait."""
-        works: list[Work] = []
+        taken: list[ProfileHandler] = []
         with contextlib.suppress(IndexError):
-            while len(works) < most:
-                works.append(self._works.popleft())
-        return works
+            while len(taken) < most:
+                taken.append(self._waiting.popleft())
+        return taken
 
 
-Works: TypeAlias = "queue.SimpleQueue[Work | None] | QueryQueue"
+Handlers: TypeAlias = "queue.SimpleQueue[ProfileHandler | None] | QueryQueue"
 
 
 class ProfileServer(ThreadingHTTPServer):
@@ -3257,13 +3267,13 @@ class ProfileServer(ThreadingHTTPServer):
         self._drain_deadline = 0.0
         self._drain_started = 0.0
         self._connections: set[Connection] = set()
-        self._local: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._local: queue.SimpleQueue[ProfileHandler | None] = queue.SimpleQueue()
         self._documents = DocumentQueue()
         self._turn = threading.Lock()
         self.pictures = Pictures()
-        self._alone: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._alone: queue.SimpleQueue[ProfileHandler | None] = queue.SimpleQueue()
         self._queries = QueryQueue()
-        self._running: dict[ProfileHandler, Work] = {}  # queries that a worker has in hand
+        self._running: set[ProfileHandler] = set()  # queries that a worker has in hand
         self._lock = threading.Lock()  # of `_running` and of starting workers
         self._minding_queries = False
         self._documents_taken = 0.0
@@ -3379,14 +3389,14 @@ class ProfileServer(ThreadingHTTPServer):
             while not (self.draining and self._is_drained()):
                 ready = self._selector.select(self._patience(poll_interval))
                 with self._turn:
-                    for key, events in ready:
-                        if isinstance(key.data, Connection):
-                            if events & selectors.EVENT_WRITE:
-                                self._flush(key.data)
-                            if events & selectors.EVENT_READ:
-                                self._receive(key.data)
-                        else:
-                            key.data(key.fileobj)
+                    for (client, _, _, data), events in ready:
+                        if not isinstance(data, Connection):
+                            data(client)
+                            continue
+                        if events & selectors.EVENT_WRITE:
+                            self._flush(data)
+                        if events & selectors.EVENT_READ:
+                            self._receive(data)
                     self._documents.call()
                 now = time.monotonic()
                 if now >= self._accept_at:
@@ -3445,34 +3455,36 @@ class ProfileServer(ThreadingHTTPServer):
         the caller gets its 504, and another worker takes the lost one's place.
         """
         self._minding_queries = False  # before looking: who comes after this sets it again
-        for work in self._queries.expired(now):
-            self._refuse(work, unavailable("overloaded: no query worker is free", rejected="overloaded"))
+        for handler in self._queries.expired(now):
+            self._refuse(handler, unavailable("overloaded: no query worker is free", rejected="overloaded"))
         latest = now - self.store.query_timeout_seconds - self.overdue_seconds
-        for handler, work in list(self._running.items()):
+        for handler in list(self._running):
             if handler.started < latest and self._take_from_running(handler):
                 self.log.event("error", "a query is overdue; its worker is given up", route=handler.route)
                 self.store.give_up_query(handler.started, now)
                 self._start_worker(self._queries, self._answer_query)
-                self._refuse(work, ProblemError(504, "Couchbase did not answer in time"))
+                self._refuse(handler, ProblemError(504, "Couchbase did not answer in time"))
         if self._running or len(self._queries):
             self._minding_queries = True
 
     def _take_from_running(self, handler: ProfileHandler) -> bool:
         """Make a running query one's own to answer; False if another has."""
         with self._lock:
-            return self._running.pop(handler, None) is not None
+            mine = handler in self._running
+            self._running.discard(handler)
+        return mine
 
     def _mind_documents(self, now: float) -> None:
         """When every document worker is stuck with its batch, let those that wait go on alone."""
         if now - max(self._documents.oldest(), self._documents_taken) > self.stuck_seconds:
             self.store.suspect(1.0)
-            for work in self._documents.take(len(self._documents)):
-                self._put_alone(work)
+            for handler in self._documents.take(len(self._documents)):
+                self._put_alone(handler)
 
-    def _refuse(self, work: Work, problem: ProblemError) -> None:
-        """Answer in place of a worker."""
-        handler = ProfileHandler(work.handler.request, work.connection.address, self, internal=work.connection.internal)
-        self._reply(work._replace(handler=handler), handler.refuse(problem, work.handler.route))
+    def _refuse(self, lost: ProfileHandler, problem: ProblemError) -> None:
+        """Answer in place of a worker, which may still have the request's own handler in hand."""
+        handler = self._handler(lost.connection, lost.request)
+        self._reply(handler, handler.refuse(problem, lost.route))
         self._account([handler])
 
     def _expire(self, connection: Connection) -> None:
@@ -3641,27 +3653,32 @@ class ProfileServer(ThreadingHTTPServer):
         self._enqueue(connection, request)
 
     def _enqueue(self, connection: Connection, request: Head | ProblemError) -> None:
-        handler = ProfileHandler(request, connection.address, self, internal=connection.internal)
-        work = Work(connection, handler)
+        handler = self._handler(connection, request)
         if isinstance(request, ProblemError) or not request.target.startswith("/api/"):
-            self._local.put(work)
+            self._local.put(handler)
         elif self.store.troubled:
-            self._put_alone(work)
+            self._put_alone(handler)
         else:
-            self._documents.put(work)
+            self._documents.put(handler)
 
-    def _put_alone(self, work: Work) -> None:
+    def _handler(self, connection: Connection, request: Head | ProblemError) -> ProfileHandler:
+        """Make the handler of one request that came on a connection."""
+        handler = ProfileHandler(request, connection.address, self, internal=connection.internal)
+        handler.connection = connection
+        return handler
+
+    def _put_alone(self, handler: ProfileHandler) -> None:
         """Queue a request whose document is fetched by itself; the workers for that start with the first of them."""
         with self._lock:
             missing, self._alone_started = self.alone_workers - self._alone_started, self.alone_workers
         for _ in range(missing):
             self._start_worker(self._alone, self._answer_alone)
-        self._alone.put(work)
+        self._alone.put(handler)
 
-    def _put_query(self, work: Work) -> None:
+    def _put_query(self, handler: ProfileHandler) -> None:
         """Queue a lookup; with no room it is refused at once."""
-        if not self._queries.put(work):
-            self._refuse(work, unavailable("overloaded: too many queries wait", rejected="overloaded"))
+        if not self._queries.put(handler):
+            self._refuse(handler, unavailable("overloaded: too many queries wait", rejected="overloaded"))
         else:
             self._mind()
 
@@ -3744,72 +3761,72 @@ class ProfileServer(ThreadingHTTPServer):
     # the workers
 
     def _start_workers(self) -> None:
-        self._workers: list[tuple[threading.Thread, Works | DocumentQueue]] = []
+        self._workers: list[tuple[threading.Thread, Handlers | DocumentQueue]] = []
         self._start_worker(self._local, self._answer_local)
         for _ in range(self.document_workers):
             self._start_thread(self._documents, self._work_documents)
         for _ in range(self.settings.threads):
             self._start_worker(self._queries, self._answer_query)
 
-    def _start_worker(self, works: Works, answer: Callable[[Work], bool | None]) -> None:
-        self._start_thread(works, functools.partial(self._work, works, answer))
+    def _start_worker(self, waiting: Handlers, answer: Callable[[ProfileHandler], bool | None]) -> None:
+        self._start_thread(waiting, functools.partial(self._work, waiting, answer))
 
-    def _start_thread(self, works: Works | DocumentQueue, work: Callable[[], None]) -> None:
+    def _start_thread(self, waiting: Handlers | DocumentQueue, work: Callable[[], None]) -> None:
         thread = threading.Thread(target=work, daemon=True)
-        self._workers.append((thread, works))
+        self._workers.append((thread, waiting))
         thread.start()
 
     def _stop_workers(self) -> None:
-        for _, works in self._workers:
-            works.put(None)
+        for _, waiting in self._workers:
+            waiting.put(None)
         deadline = time.monotonic() + 1.0
         for thread, _ in self._workers:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _work(self, works: Works, answer: Callable[[Work], bool | None]) -> None:
+    def _work(self, waiting: Handlers, answer: Callable[[ProfileHandler], bool | None]) -> None:
         """Answer what comes by a queue until None does, or `answer` returns False: the worker has been replaced.
 
         Nothing else that goes wrong with one request ends the worker.
         """
-        while (work := works.get()) is not None:
+        while (handler := waiting.get()) is not None:
             try:
-                if answer(work) is False:
+                if answer(handler) is False:
                     return
             except Exception as error:
-                self._fail([work], error)
+                self._fail([handler], error)
 
     def _work_documents(self) -> None:
         """Answer what waits whenever there is a call; nothing that goes wrong ends the worker."""
         while self._documents.wait():
-            works: list[Work] = []
+            pending: list[ProfileHandler] = []
             try:
-                self._answer_documents(works)
+                self._answer_documents(pending)
             except Exception as error:
-                self._fail([work for work in works if not work.handler.response], error)
+                self._fail(pending, error)
 
-    def _fail(self, works: list[Work], error: Exception) -> None:
+    def _fail(self, handlers: list[ProfileHandler], error: Exception) -> None:
         """Give up the connections of requests that cannot be answered."""
-        for work in works:
-            work.connection.closing = True
-            self._ask(work.connection)
+        for handler in handlers:
+            handler.connection.closing = True
+            self._ask(handler.connection)
         with contextlib.suppress(Exception):  # whatever fails, the worker goes on
             self.log.event("error", "worker failure", error=describe(error))
 
-    def _answer_local(self, work: Work) -> None:
+    def _answer_local(self, handler: ProfileHandler) -> None:
         """Answer what needs no Couchbase, so that probes and refusals never wait for it."""
         try:
-            response = work.handler.respond(Batch(self.store), last=not work.connection.waiting)
+            response = handler.respond(Batch(self.store), last=not handler.connection.waiting)
         except QueryPending:
             response = b""
         if response:
-            self._reply(work, response)
-            self._account([work.handler])
+            self._reply(handler, response)
+            self._account([handler])
         else:  # it does need Couchbase: an absolute-form target, say
-            self._documents.put(work)
+            self._documents.put(handler)
             self._documents.call()
 
-    def _answer_documents(self, works: list[Work]) -> None:
-        """Take all that waits into `works`, let each say what it wants, get that at once, and answer.
+    def _answer_documents(self, pending: list[ProfileHandler]) -> None:
+        """Take all that waits into `pending`, let each say what it wants, get that at once, and answer.
 
         The loop and the workers take turns with all but the waiting for Couchbase: the interpreter lets only one run at
         a time anyway, but changes between those that could at each system call, which costs as much as the call.
@@ -3817,46 +3834,57 @@ class ProfileServer(ThreadingHTTPServer):
         batch = Batch(self.store)
         with self._turn:
             self._documents_taken = time.monotonic()
-            works += self._documents.take(self.batch_size)
+            pending += self._documents.take(self.batch_size)
             self._documents.call()  # the next, for what is left
-            pending = [work for work in works if not self._answered(work, batch)]
+            answered = self._answer_those(pending, batch)
         while pending:
             if self.store.troubled:
-                for work in pending:
-                    self._put_alone(work)
+                for handler in pending:
+                    self._put_alone(handler)
                 break
-            left = time_left(pending[0].handler.started, self.store.timeout_seconds)
+            left = time_left(pending[0].started, self.store.timeout_seconds)
             batch.fetch(left if left < self.store.timeout_seconds - self.late_seconds else None)
             with self._turn:
-                pending = [work for work in pending if not self._answered(work, batch)]
-        self._account([work.handler for work in works if work.handler.response])
+                answered += self._answer_those(pending, batch)
+        # Who waits for the turn goes on first: lines are written while Couchbase is asked for the next batch. With 32
+        # clients, 30,200 instead of 27,800 requests/s.
+        os.sched_yield()
+        self._account(answered)
 
-    def _answered(self, work: Work, batch: Batch) -> bool:
-        """Answer with what the batch has; False if the request wants a document first."""
-        try:
-            response = work.handler.respond(batch, last=not work.connection.waiting)
-        except QueryPending:
-            self._put_query(work)
-            return True
-        if response:
-            self._reply(work, response)
-        return bool(response)
+    def _answer_those(self, pending: list[ProfileHandler], batch: Batch) -> list[ProfileHandler]:
+        """Answer with what the batch has, and return who has been answered; who wants a document first stays.
 
-    def _answer_alone(self, work: Work) -> None:
+        All answers are made before the first is sent. Sent without a pause they keep a receiver of several awake, and
+        to wake it up again costs more than to send: with 32 clients, 32,500 instead of 30,200 requests/s.
+        """
+        ready: list[ProfileHandler] = []
+        waiting: list[ProfileHandler] = []
+        for handler in pending:
+            try:
+                response = handler.respond(batch, last=not handler.connection.waiting)
+            except QueryPending:
+                self._put_query(handler)
+            else:
+                (ready if response else waiting).append(handler)
+        pending[:] = waiting
+        for handler in ready:
+            self._reply(handler, handler.response)
+        return ready
+
+    def _answer_alone(self, handler: ProfileHandler) -> None:
         """Get one document by itself, so that it waits for no other's failure."""
-        if self._answered(work, Alone(self.store, work.handler.started)) and work.handler.response:
-            self._account([work.handler])
+        self._account(self._answer_those([handler], Alone(self.store, handler.started)))
 
-    def _answer_query(self, work: Work) -> bool:
+    def _answer_query(self, handler: ProfileHandler) -> bool:
         """Run one SQL++ statement; False if it took so long that another worker has taken this one's place."""
         with self._lock:
-            self._running[work.handler] = work
+            self._running.add(handler)
         self._mind()
-        response = work.handler.respond(ForQuery(self.store, work.handler.started), last=not work.connection.waiting)
-        if not self._take_from_running(work.handler):
+        response = handler.respond(ForQuery(self.store, handler.started), last=not handler.connection.waiting)
+        if not self._take_from_running(handler):
             return False
-        self._reply(work, response)
-        self._account([work.handler])
+        self._reply(handler, response)
+        self._account([handler])
         return True
 
     def _account(self, handlers: Sequence[ProfileHandler]) -> None:
@@ -3865,9 +3893,9 @@ class ProfileServer(ThreadingHTTPServer):
         if self.log.access:
             self.log.requests(handlers)
 
-    def _reply(self, work: Work, response: bytes) -> None:
+    def _reply(self, handler: ProfileHandler, response: bytes) -> None:
         """Send an answer; what the socket will not take at once is left to the loop."""
-        connection = work.connection
+        connection = handler.connection
         with connection.lock:
             try:
                 sent = connection.socket.send(response)
@@ -3875,12 +3903,12 @@ class ProfileServer(ThreadingHTTPServer):
                 sent = 0
             except OSError:  # the client is gone
                 sent = len(response)
-                work.handler.close_connection = True
-            if sent == len(response) and not work.handler.close_connection:
+                handler.close_connection = True
+            if sent == len(response) and not handler.close_connection:
                 request = self._release(connection)
             else:
                 connection.deadline = time.monotonic() + self.write_seconds
-                connection.closing = work.handler.close_connection
+                connection.closing = handler.close_connection
                 connection.outbox = response[sent:]
                 request = None
         self._go_on(connection, request)

@@ -130,7 +130,7 @@ class TestTag:
 class TestClock:
     def test_texts_are_now(self) -> None:
         clock = service.SecondClock()
-        parsed = email.utils.parsedate_to_datetime(clock.http_date().decode())
+        parsed = email.utils.parsedate_to_datetime(clock.http_date())
         assert abs(parsed.timestamp() - time.time()) < 2
         stamp = datetime.datetime.fromisoformat(clock.rfc3339())
         assert stamp.utcoffset() == datetime.timedelta(0)
