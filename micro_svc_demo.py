@@ -3520,12 +3520,15 @@ class ProfileServer(ThreadingHTTPServer):
             self._selector.unregister(listener)
 
     def _accept(self, listener: socket.socket) -> bool:
-        """Accept who waits; several at once only if no other process could. Tell whether there may be more."""
-        if not self._stopping and listener is self.socket and (seconds := self._step_back()):
-            self._accept_at = time.monotonic() + seconds
-            self._stop_watching(listener)
-            return False
-        for _ in range(64 if self.settings.workers == 1 or self._stopping else 1):
+        """Accept who waits, as many at once as are this process's share. Tell whether there may be more."""
+        most = 64
+        if not self._stopping and listener is self.socket and self.settings.workers > 1:
+            seconds, most = self._share()
+            if seconds:
+                self._accept_at = time.monotonic() + seconds
+                self._stop_watching(listener)
+                return False
+        for _ in range(most):
             try:
                 client, address = listener.accept()
             except OSError as error:
@@ -3553,20 +3556,21 @@ class ProfileServer(ThreadingHTTPServer):
             self._clients += change
             self.metrics.put(self._clients, "http_connections")
 
-    def _step_back(self) -> float:
-        """Return for how many seconds the next client is left to another process, 0 for not at all.
+    def _share(self) -> tuple[float, int]:
+        """Return for how many seconds the next clients are left to other processes, and how many are taken at once.
 
         A process that is not ready leaves clients to those that are. One that has more clients than another gives it
-        the chance to be faster, once: a process that hangs must not keep clients waiting.
+        the chance to be faster, once: a process that hangs must not keep clients waiting. An eighth more or less does
+        not count, so that a crowd that comes at once is let in by more and more at a time.
         """
         ready = self.metrics.column("couchbase_ready")
         if not any(ready):
-            return 0.0
+            return 0.0, 1
         if not ready[self.metrics.row]:
-            return 0.05
-        counts = [count for count, good in zip(self.metrics.column("http_connections"), ready, strict=True) if good]
-        self._stepped_back = not self._stepped_back and self._clients > min(counts)
-        return 0.005 if self._stepped_back else 0.0
+            return 0.05, 1
+        least = min(count for count, good in zip(self.metrics.column("http_connections"), ready, strict=True) if good)
+        self._stepped_back = not self._stepped_back and self._clients > least + least // 8
+        return 0.005 if self._stepped_back else 0.0, 1 + least // 8
 
     def _watch(self, connection: Connection, events: int) -> None:
         """Have the selector watch for these events; 0 for none."""
