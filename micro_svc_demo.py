@@ -18,6 +18,7 @@ import base64
 import binascii
 import bisect
 import contextlib
+import ctypes
 import errno
 import functools
 import hashlib
@@ -1230,6 +1231,7 @@ class Processor:
     """
 
     look_seconds = 1.0
+    arena_max = -8  # M_ARENA_MAX of glibc's malloc.h
 
     def __init__(self, number: int) -> None:
         """Keep the calling thread, and those that it will start, to one of the processors that it may use.
@@ -1245,6 +1247,10 @@ class Processor:
         self._seen = self._look()
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         os.sched_setaffinity(0, {self.home})
+        # Threads that never run at the same time need no heaps of their own (mallopt(3)), and what each of those keeps
+        # for itself adds up: 90 instead of 102 MB at the end of the benchmark.
+        with contextlib.suppress(AttributeError):  # not glibc
+            ctypes.CDLL(None).mallopt(self.arena_max, 1)
 
     def _look(self) -> tuple[float, float, dict[int, float]]:
         """Return now, this process's CPU seconds, and the busy seconds of the processors it may use."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def policies(pid: int) -> set[int]:
     return {os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
 
 
+def heaps(pid: int) -> int:
+    """Count the heaps that glibc has made for threads: 64 MB each, on a multiple of that, of which a part is in use."""
+    count, size = 0, 64 << 20
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    for used, unused in pairwise(line.split() for line in lines):
+        start, end = (int(used[0].split("-")[0], 16), int(unused[0].split("-")[1], 16))
+        count += used[1] == "rw-p" and unused[1] == "---p" and start % size == 0 and end - start == size
+    return count
+
+
 @contextmanager
 def crowd(processor: int) -> Iterator[None]:
     """Keep a processor busy with what may run nowhere else."""
@@ -46,6 +57,7 @@ def test_all_threads_are_on_one_processor_and_leave_it_when_it_is_crowded(databa
         [home] = processors(service.process.pid)
         assert len(home) == 1
         assert policies(service.process.pid) == {os.SCHED_BATCH}
+        assert heaps(service.process.pid) == 0
         with crowd(*home):
             moved = service.wait_for("moved to another processor", MOVE_SECONDS)
             assert moved["processor"] in ALL - home
@@ -65,3 +77,4 @@ def test_off_leaves_it_to_the_kernel(database) -> None:
     with ServiceProcess(settings_for(database), "--cpu-affinity", "off") as service:
         assert processors(service.process.pid) == {frozenset(ALL)}
         assert policies(service.process.pid) == {os.SCHED_OTHER}
+        assert heaps(service.process.pid) > 0
