@@ -20,7 +20,9 @@ from tests.load.bench_backend import Backend
 from tests.load.bench_report import Results
 from tests.service import ROOT, ServiceProcess, settings_for
 
-SCENARIOS = "by-id-32,wrong-token,nickname,picture,new-connection,latency-1ms-32,two-processes-32,other-log"
+SCENARIOS = (
+    "by-id-32,wrong-token,nickname,picture,new-connection,latency-1ms-32,two-processes-32,other-log,other-affinity"
+)
 LOAD = ROOT / "tests" / "load"
 JMETER_HOME = Path("/usr/share/jmeter")
 

@@ -16,15 +16,17 @@ from typing import Any
 from tests.load import bench_backend, bench_check, bench_plan
 from tests.load.bench_backend import Backend
 from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, Lives, Scenario, Setup
-from tests.load.bench_processes import Load, RunError, Service, measure, run_wrk
+from tests.load.bench_processes import Load, RunError, Service, keep_to_one_processor, measure, run_wrk
 from tests.load.bench_tools import PEERS, Tools, output_of
 from tests.service import ROOT, Answer
 
 SDK_LOOPS = {
-    "plain gets, 8 threads": (8, 1),
-    "get_multi of 16, 1 thread": (1, 16),
-    "get_multi of 16, 2 threads": (2, 16),
+    "plain gets, 8 threads": (8, 1, False),
+    "plain gets, 8 threads on one processor": (8, 1, True),
+    "get_multi of 16, 1 thread": (1, 16, False),
+    "get_multi of 16, 2 threads": (2, 16, False),
 }
+"""By name: threads, keys at once, and whether they are kept to one processor."""
 SDK_GRACE_SECONDS = 60.0
 WARM_UP = Scenario("warm-up", 32)
 QUIET_CORES = 0.25
@@ -128,13 +130,13 @@ class Run:
     def sdk(self, backend: Backend, repeat: int) -> list[dict[str, Any]]:
         """Measure the SDK alone."""
         rows: list[dict[str, Any]] = [
-            {"loop": name, "threads": threads, "batch": batch, "rounds": []}
-            for name, (threads, batch) in SDK_LOOPS.items()
+            {"loop": name, "threads": threads, "batch": batch, "one_processor": kept, "rounds": []}
+            for name, (threads, batch, kept) in SDK_LOOPS.items()
         ]
         for _ in range(repeat):
             for row in rows:
                 try:
-                    figures = self._sdk_loop(row["threads"], row["batch"], backend)
+                    figures = self._sdk_loop(row, backend)
                 except RunError as error:
                     self._fail(str(error))
                     continue
@@ -142,8 +144,8 @@ class Run:
                 self._progress(f"SDK alone, {row['loop']}", figures)
         return rows
 
-    def _sdk_loop(self, threads: int, batch: int, backend: Backend) -> dict[str, float]:
-        numbers = map(str, (threads, batch, self.choices.seconds, backend.documents))
+    def _sdk_loop(self, row: dict[str, Any], backend: Backend) -> dict[str, float]:
+        numbers = map(str, (row["threads"], row["batch"], self.choices.seconds, backend.documents))
         try:
             done = subprocess.run(  # noqa: S603  # this Python, with numbers
                 [sys.executable, "-m", "tests.load.bench_sdk", *numbers],
@@ -153,6 +155,7 @@ class Run:
                 text=True,
                 timeout=self.choices.seconds + SDK_GRACE_SECONDS,
                 check=False,
+                preexec_fn=keep_to_one_processor if row["one_processor"] else None,  # one thread here
             )
         except subprocess.TimeoutExpired:
             raise RunError("the SDK's loop did not end") from None

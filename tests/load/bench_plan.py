@@ -27,6 +27,8 @@ class Setup:
         access_log: whether it writes a line a request.
         processes: how many.
         document_workers, batch_size: of our service only; None for its own defaults.
+        other_affinity: our service wherever the kernel puts its threads, another kept to one processor as ours keeps
+            itself.
     """
 
     service: str
@@ -34,12 +36,14 @@ class Setup:
     processes: int = 1
     document_workers: int | None = None
     batch_size: int | None = None
+    other_affinity: bool = False
 
     def __str__(self) -> str:
         """Name it for the progress' lines."""
         parts = [TITLES[self.service], "log on" if self.access_log else "log off"]
         parts += [f"{self.processes} processes"] if self.processes > 1 else []
         parts += [f"{self.document_workers} workers × {self.batch_size}"] if self.document_workers else []
+        parts += ["affinity the other way round"] if self.other_affinity else []
         return ", ".join(parts)
 
 
@@ -90,9 +94,16 @@ SCENARIOS = [
 TWO_PROCESSES = [Scenario(f"two-processes-{connections}", connections) for connections in (32, 256)]
 OTHER_LOG = [replace(by_id(32), name="other-log-32")]
 """With the access log the other way round: off for our service, on for the others."""
+OTHER_AFFINITY = [replace(by_id(32), name="other-affinity-32")]
+"""What our service owes to its keeping to one processor, and what the others would gain."""
 QUICK = ("by-id-1", "by-id-32", "by-id-1000", "missing", "picture", "two-processes-32", "other-log-32", "sdk")
 NAMES = sorted(
-    {name for scenario in SCENARIOS + TWO_PROCESSES + OTHER_LOG for name in (scenario.name, scenario.group)} | {"sdk"}
+    {
+        name
+        for scenario in SCENARIOS + TWO_PROCESSES + OTHER_LOG + OTHER_AFFINITY
+        for name in (scenario.name, scenario.group)
+    }
+    | {"sdk"}
 )
 """What ``--only`` may name; sdk is the SDK alone in a loop."""
 
@@ -113,7 +124,7 @@ def wanted(scenario: Scenario, only: tuple[str, ...]) -> bool:
 
 
 def services_plan(services: tuple[str, ...], only: tuple[str, ...]) -> Lives:
-    """Return the comparison: ours with everything on, the others as they are fastest; then the logs the other way."""
+    """Return the comparison: ours with everything on, the others as they come, no log; then the other way round."""
     lives: Lives = []
     for service in services:
         log = service == OURS
@@ -121,6 +132,7 @@ def services_plan(services: tuple[str, ...], only: tuple[str, ...]) -> Lives:
         if service in ABLE_TO_FORK:
             lives.append((Setup(service, log, processes=2), TWO_PROCESSES))
             lives.append((Setup(service, not log), OTHER_LOG))
+            lives.append((Setup(service, log, other_affinity=True), OTHER_AFFINITY))
     chosen = [(setup, [each for each in scenarios if wanted(each, only)]) for setup, scenarios in lives]
     return [(setup, scenarios) for setup, scenarios in chosen if scenarios]
 

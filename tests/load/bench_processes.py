@@ -58,6 +58,12 @@ def command_for(setup: Setup, tools: Tools, port: int) -> list[str]:
     return [sys.executable, str(PEERS / "plain" / "service.py"), *threads]
 
 
+def keep_to_one_processor() -> None:
+    """Do for the calling process what our service does for itself."""
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
 class Service:
     """A context manager around one life of a service: ready at the beginning of the block, gone at its end.
 
@@ -73,12 +79,14 @@ class Service:
         self.startup_ms = 0.0
         self._token = token
         self._command = command_for(setup, tools, self.port)
+        self._kept = setup.other_affinity and setup.service != OURS
         self._environment = kept | settings
         self._environment |= {
             "SERVICE_PORT": str(self.port),
             "METRICS_PORT": "0",
             "WORKERS": str(setup.processes),
             "ACCESS_LOG": str(setup.access_log).lower(),
+            "CPU_AFFINITY": "off" if setup.other_affinity else "auto",
             "NODE_ENV": "production",
         }
         # A file rather than a pipe: nobody has to read along, which would cost the processor that is measured.
@@ -99,6 +107,7 @@ class Service:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=keep_to_one_processor if self._kept else None,  # noqa: PLW1509  # this process has one thread
         )
         try:
             while not self._answers():
