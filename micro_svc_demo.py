@@ -1421,6 +1421,7 @@ class Breaker:
     CLOSED, HALF_OPEN, OPEN = STATES = ("closed", "half-open", "open")
     threshold = 5
     first_seconds, most_seconds = 1.0, 15.0
+    check_seconds = 2.0  # after which an open one may be looked at by the background check, in the longest pause too
     lost_seconds = 30.0  # a probe that has not come back by then is counted as lost, and another allowed
 
     def __init__(
@@ -1495,6 +1496,10 @@ class Breaker:
                 self._open(now)
         if changed:
             self._changed(self.OPEN)
+
+    def may_be_checked(self, now: float) -> bool:
+        """Tell whether the background check may ask though the pause is not over; what it learns changes no pause."""
+        return self.state == self.OPEN and now >= self._since + self.check_seconds
 
     def retry_after_seconds(self, now: float) -> int:
         """Return after how many whole seconds it may be worth asking again, at least 1."""
@@ -1782,6 +1787,7 @@ class ProfileStore:
     check_timeout = timedelta(seconds=1)
     probe_timeout = timedelta(milliseconds=250)
     adhoc_seconds = 60.0
+    ping_seconds = 60.0
     trouble_seconds = 5.0  # without a key-value failure, until documents are fetched in batches again
 
     def __init__(self, settings: Settings, log: Log, metrics: Metrics) -> None:
@@ -1797,6 +1803,8 @@ class ProfileStore:
         self.tokens = Tokens(settings.token_refresh_seconds)
         self.query_breaker = self._breaker("query")
         self._node_map: NodeMap | None = None
+        self._management: list[tuple[str, str, str]] = []  # where the node map comes from: (address, ":", port)
+        self._pinged_at = -math.inf
         self._node_breakers = [self._breaker("key-value")]
         self._troubled = False
         self._last_failure = 0.0
@@ -1981,6 +1989,8 @@ class ProfileStore:
 
     def check(self) -> None:
         """Look whether Couchbase is well and the token still the same: the background check."""
+        if self.query_breaker.may_be_checked(time.monotonic()):
+            self._look_at_queries()
         if self.troubled:
             self._look_at_nodes()
         breaker, started = self._node_breaker(TOKEN_KEY), time.monotonic()
@@ -1999,6 +2009,20 @@ class ProfileStore:
             self._unanswered = ""
         if self.troubled:
             self._read_node_map()  # nodes may have changed their parts
+
+    def _look_at_queries(self) -> None:
+        """Close the breaker of queries if one is answered: by now its pauses may be long."""
+        started = time.monotonic()
+        options = QueryOptions(  # not prepared, as a forgotten statement would never come back (`give_up_query`)
+            adhoc=True,
+            read_only=True,
+            named_parameters={"value": "", "limit": 1, "offset": 0},
+            timeout=self.probe_timeout,
+            serializer=_RowBytes(),
+        )
+        with contextlib.suppress(Exception):  # it stays open; requests' own probes go on
+            list(self._scope.query(PROFILES_BY_NICKNAME, options))
+            self.query_breaker.succeeded(started)
 
     def _renew_password(self) -> None:
         """Take a password that has been changed from its file again, without a restart."""
@@ -2032,12 +2056,15 @@ class ProfileStore:
         answering, silent = 0, []
         for node, breaker in enumerate(self._node_breakers):
             started, was_closed = time.monotonic(), breaker.state == Breaker.CLOSED
-            if not breaker.allow(started):
+            allowed = breaker.allow(started)
+            if not allowed and not breaker.may_be_checked(started):
                 continue
             if self._answers(node):
                 answering += 1
                 if not was_closed:
                     breaker.succeeded(started)
+                continue
+            if not allowed:
                 continue
             breaker.failed(started, time.monotonic())
             if lost:
@@ -2069,19 +2096,31 @@ class ProfileStore:
 
         What goes wrong leaves the last answer in place: this only makes the failure of single nodes cheaper.
         """
-        settings = self._settings
         try:
-            options = PingOptions(service_types=[ServiceType.Management], timeout=self.check_timeout)
-            endpoints = self._cluster.ping(options).endpoints[ServiceType.Management]
-            addresses = [endpoint.remote.rpartition(":") for endpoint in endpoints if endpoint.state == PingState.OK]
-            node_map = parse_node_map(fetch_bucket_config(settings, addresses, self.check_timeout.total_seconds()))
+            self._find_management()
+            config = fetch_bucket_config(self._settings, self._management, self.check_timeout.total_seconds())
+            node_map = parse_node_map(config)
         except Exception as error:
             self._log.event("debug", "no node map", error=describe(error))
+            self._management = []
             return
         count = max(node_map.nodes) + 1
         if count != len(self._node_breakers):
             self._node_breakers = [self._breaker(f"key-value node {node}") for node in range(count)]
         self._node_map = node_map
+
+    def _find_management(self) -> None:
+        """Ask the SDK for the management services' addresses, if they are not known: once a minute at most.
+
+        Each ping costs 21 kB of memory that the SDK (4.6.3) never gives back.
+        """
+        now = time.monotonic()
+        if self._management or now < self._pinged_at + self.ping_seconds:
+            return
+        self._pinged_at = now
+        options = PingOptions(service_types=[ServiceType.Management], timeout=self.check_timeout)
+        endpoints = self._cluster.ping(options).endpoints[ServiceType.Management]
+        self._management = [endpoint.remote.rpartition(":") for endpoint in endpoints if endpoint.state == PingState.OK]
 
     # documents and rows
 

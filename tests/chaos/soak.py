@@ -32,7 +32,6 @@ TIMEOUT_SECONDS, QUERY_TIMEOUT_SECONDS = 0.8, 1.2
 GRACE_SECONDS = 0.1
 LOCAL_SECONDS = 0.5  # for what the service knows by itself: refusals, probes
 RECOVERY_SECONDS = 5.0  # after a fault, until everything is as if it had not been
-WARM_UP_SECONDS = 5.0
 CALM_SECONDS = 2.0  # at most between two faults; now and then, the recovery besides
 REPORT_SECONDS = 5.0
 MAX_WRONG_SHOWN = 20
@@ -259,9 +258,10 @@ class Soak:
                 task.cancel()
 
     async def _warm_up(self, emulator: EmulatorProcess) -> None:
-        """Let one fault pass before the first measurement: threads that are started for trouble then stay."""
-        await asyncio.sleep(WARM_UP_SECONDS / 2)
-        await self._play(emulator, FAULTS[0], TIMEOUT_SECONDS * 2)
+        """Let every fault pass before the first measurement: what the first of its kind needs then stays."""
+        await asyncio.sleep(CALM_SECONDS)
+        for fault in FAULTS:
+            await self._play(emulator, fault, TIMEOUT_SECONDS * 2)
         await asyncio.sleep(RECOVERY_SECONDS + 1)
 
     async def _schedule(self, emulator: EmulatorProcess) -> None:

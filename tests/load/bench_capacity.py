@@ -126,8 +126,8 @@ def _saturation(results: Results, ours: Cost) -> list[str]:
         "## What saturates first",
         "",
         f"1. **The processor of the pods.** In the measurement the service used {used['service']} cores, the database "
-        f"{used['database']}, wrk {used['wrk']} and everything else {used['other']}. A process runs Python on one core "
-        "at a time, and the SDK's own threads beside it; so more pods, not larger ones.",
+        f"{used['database']}, wrk {used['wrk']} and everything else {used['other']}. A process keeps to one processor "
+        "at a time: so more pods, not larger ones.",
         f"2. **The database's processor**: at {rate:,} requests/s it takes {nodes} nodes, by the assumption above.",
         f"3. **Connections.** Every process holds {CONNECTIONS_PER_PROCESS} to every node, so nodes don't relieve one "
         f"another: at {rate:,} requests/s they are {pods * CONNECTIONS_PER_PROCESS:,} of some {NODE_CONNECTIONS:,} "

@@ -13,6 +13,7 @@ CLOSED, HALF_OPEN, OPEN = service.Breaker.STATES
 THRESHOLD = service.Breaker.threshold
 
 FAIL, SUCCEED, TRIP, ALLOWED, REFUSED = "fail", "succeed", "trip", "allowed", "refused"
+CHECKED, NOT_CHECKED = "may be checked", "may not be checked"
 OLD_FAIL, OLD_SUCCEED = "an earlier call fails", "an earlier call succeeds"  # made before the state changed last
 
 # Each row: a name; then events as (seconds, event, the state after it). ALLOWED and REFUSED are calls of `allow`.
@@ -106,6 +107,20 @@ TRANSITIONS: dict[str, list[tuple[float, str, str]]] = {
         (30.9, REFUSED, HALF_OPEN),
         (31.0, ALLOWED, HALF_OPEN),
     ],
+    "in a long pause the background check may look after 2 s, and its success closes": [
+        (0.0, NOT_CHECKED, CLOSED),
+        *OPENED,
+        (1.0, ALLOWED, HALF_OPEN),
+        (1.0, NOT_CHECKED, HALF_OPEN),
+        (1.0, FAIL, OPEN),
+        (3.0, ALLOWED, HALF_OPEN),
+        (3.0, FAIL, OPEN),
+        (4.9, NOT_CHECKED, OPEN),
+        (5.0, CHECKED, OPEN),
+        (5.1, REFUSED, OPEN),
+        (5.2, SUCCEED, CLOSED),
+        (9.9, NOT_CHECKED, CLOSED),
+    ],
     "a node known to be down opens it at once": [(0.0, TRIP, OPEN), (0.9, REFUSED, OPEN), (1.0, ALLOWED, HALF_OPEN)],
     "known to be down while open changes nothing": [*OPENED, (0.9, TRIP, OPEN), (1.0, ALLOWED, HALF_OPEN)],
     "known to be down leaves a probe its chance": [
@@ -128,6 +143,8 @@ def run(breaker: service.Breaker, seconds: float, event: str) -> None:
         breaker.failed(seconds if event == FAIL else -1.0, seconds)
     elif event in {SUCCEED, OLD_SUCCEED}:
         breaker.succeeded(seconds if event == SUCCEED else -1.0)
+    elif event in {CHECKED, NOT_CHECKED}:
+        assert breaker.may_be_checked(seconds) == (event == CHECKED)
     elif event == TRIP:
         breaker.trip(seconds)
     else:
