@@ -135,6 +135,38 @@ def read(*pieces: bytes) -> Result:
     return Result(heads, None, framer.partial, framer.expects_continue)
 
 
+class TestRemembering:
+    """A connection remembers the fields of its last request: what came before changes nothing of what comes."""
+
+    BEGINNINGS = (
+        [b"%b /x HTTP/1.%d" % (word, minor) for word in (b"GET", b"HEAD") for minor in (0, 1)]
+        + [b"GET http://b:81/p HTTP/1.1", b"OPTIONS * HTTP/1.1", b"GET /a#b HTTP/1.1", b"", b"\r\nGET /y HTTP/1.1"]
+        + [b"GET /z HTTP/1.1\r\nGET /y HTTP/1.1", b"GET  /x HTTP/1.1", b"GET /x HTTP/1.1\x00"]
+    )
+    ENDS = (
+        [b"", b"Host: a\r\n", b"Host: a\r\nAuthorization: Bearer t\r\n", b"Host: a\r\nExpect: 100-continue\r\n"]
+        + [b"Host: a\r\nContent-Length: 0\r\n", b"Host: a\r\nX: %b\r\n" % (b"x" * 2000), b"Host: ?\r\n", b"X: y\r\n"]
+        + [b"GET /y HTTP/1.1\r\nHost: a\r\n"]
+    )
+
+    @settings(max_examples=EXAMPLES, deadline=None)
+    @given(st.lists(st.tuples(st.sampled_from(BEGINNINGS), st.sampled_from(ENDS)), min_size=2, max_size=8))
+    @example([(b"\r\nGET /y HTTP/1.1", b"Host: a\r\n"), (b"GET /z HTTP/1.1", b"GET /y HTTP/1.1\r\nHost: a\r\n")])
+    @example([(b"GET http://b:81/p HTTP/1.1", b"Host: a\r\n"), (b"GET /x HTTP/1.1", b"Host: a\r\n")])
+    @example([(b"GET /x HTTP/1.0", b"X: y\r\n"), (b"GET /x HTTP/1.1", b"X: y\r\n")])
+    def test_each_request_is_read_as_the_first_would_be(self, parts: list[tuple[bytes, bytes]]) -> None:
+        framer = service.Framer()
+        for beginning, end in parts:
+            raw = b"%b\r\n%b\r\n" % (beginning, end)
+            fresh = read(raw)
+            found = framer.feed(raw)
+            statuses = [item.status for item in found if isinstance(item, service.ProblemError)]
+            assert [item for item in found if isinstance(item, service.Head)] == fresh.heads
+            assert statuses == ([fresh.status] if fresh.status else [])
+            if statuses or fresh.partial:
+                framer = service.Framer()
+
+
 class TestTotality:
     """Whatever comes is a request or a problem; any other exception fails these tests by itself."""
 
