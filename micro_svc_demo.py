@@ -2096,31 +2096,38 @@ class ProfileStore:
 
         What goes wrong leaves the last answer in place: this only makes the failure of single nodes cheaper.
         """
+        timeout_seconds = self.check_timeout.total_seconds()
         try:
-            self._find_management()
-            config = fetch_bucket_config(self._settings, self._management, self.check_timeout.total_seconds())
+            try:
+                config = fetch_bucket_config(self._settings, self._management, timeout_seconds)
+            except OSError:  # none is known yet, or they are gone: there may be others
+                if not self._find_management():
+                    raise
+                config = fetch_bucket_config(self._settings, self._management, timeout_seconds)
             node_map = parse_node_map(config)
         except Exception as error:
             self._log.event("debug", "no node map", error=describe(error))
-            self._management = []
             return
         count = max(node_map.nodes) + 1
         if count != len(self._node_breakers):
             self._node_breakers = [self._breaker(f"key-value node {node}") for node in range(count)]
         self._node_map = node_map
 
-    def _find_management(self) -> None:
-        """Ask the SDK for the management services' addresses, if they are not known: once a minute at most.
+    def _find_management(self) -> bool:
+        """Ask the SDK for the addresses of the management services that answer; tell whether there are any.
 
-        Each ping of a service over HTTP costs 21 kB of memory that the SDK (4.6.3) never gives back.
+        Once a minute at most: each ping of a service over HTTP costs 21 kB of memory that the SDK (4.6.3) never gives
+        back.
         """
         now = time.monotonic()
-        if self._management or now < self._pinged_at + self.ping_seconds:
-            return
+        if now < self._pinged_at + self.ping_seconds:
+            return False
         self._pinged_at = now
         options = PingOptions(service_types=[ServiceType.Management], timeout=self.check_timeout)
         endpoints = self._cluster.ping(options).endpoints[ServiceType.Management]
-        self._management = [endpoint.remote.rpartition(":") for endpoint in endpoints if endpoint.state == PingState.OK]
+        found = [endpoint.remote.rpartition(":") for endpoint in endpoints if endpoint.state == PingState.OK]
+        self._management = found or self._management
+        return bool(found)
 
     # documents and rows
 
