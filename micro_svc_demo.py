@@ -2007,7 +2007,7 @@ class ProfileStore:
             self._renew_password()  # a wrong one looks like a time-out: the SDK tries to sign in again and again
         else:
             self._unanswered = ""
-        if self.troubled:
+        if self.troubled and (self._answering_nodes or not self._unanswered):  # else nobody could say
             self._read_node_map()  # nodes may have changed their parts
 
     def _look_at_queries(self) -> None:
