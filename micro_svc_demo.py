@@ -3289,8 +3289,7 @@ class ProfileServer(ThreadingHTTPServer):
     # does not wait, but each batch costs about 70 µs, however small.
     document_workers = 3
     batch_size = 64
-    alone_workers = 64  # while key-value is in trouble each document has a thread; they start when first needed
-    alone_seconds = 10.0  # and end when nothing has come for so long, as each keeps memory for itself (malloc's tcache)
+    alone_workers = 64  # while key-value is in trouble each document has a thread; started when first needed
     stuck_seconds = 0.25  # with no document worker coming back for the next batch, something may be wrong
     late_seconds = 0.05  # a batch whose oldest request has waited for longer has so much less time for Couchbase
     overdue_seconds = 0.05  # after its time-out a query that the SDK still holds is given up
@@ -3730,11 +3729,11 @@ class ProfileServer(ThreadingHTTPServer):
 
     def _put_alone(self, handler: ProfileHandler) -> None:
         """Queue a request whose document is fetched by itself; the workers for that start with the first of them."""
-        with self._lock:  # with which none of them ends before it has looked once more
+        with self._lock:
             missing, self._alone_started = self.alone_workers - self._alone_started, self.alone_workers
-            self._alone.put(handler)
         for _ in range(missing):
-            self._start_thread(self._alone, self._work_alone)
+            self._start_worker(self._alone, self._answer_alone)
+        self._alone.put(handler)
 
     def _put_query(self, handler: ProfileHandler) -> None:
         """Queue a lookup; with no room it is refused at once."""
@@ -3838,11 +3837,10 @@ class ProfileServer(ThreadingHTTPServer):
         thread.start()
 
     def _stop_workers(self) -> None:
-        workers = list(self._workers)
-        for _, waiting in workers:
+        for _, waiting in self._workers:
             waiting.put(None)
         deadline = time.monotonic() + 1.0
-        for thread, _ in workers:
+        for thread, _ in self._workers:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self, waiting: Handlers, answer: Callable[[ProfileHandler], bool | None]) -> None:
@@ -3854,25 +3852,6 @@ class ProfileServer(ThreadingHTTPServer):
             try:
                 if answer(handler) is False:
                     return
-            except Exception as error:
-                self._fail([handler], error)
-
-    def _work_alone(self) -> None:
-        """Answer documents by themselves until none has come for a while."""
-        while True:
-            try:
-                handler = self._alone.get(timeout=self.alone_seconds)
-            except queue.Empty:
-                with self._lock:
-                    if self._alone.empty():
-                        self._alone_started -= 1
-                        self._workers.remove((threading.current_thread(), self._alone))
-                        return
-                continue
-            if handler is None:
-                return
-            try:
-                self._answer_alone(handler)
             except Exception as error:
                 self._fail([handler], error)
 

@@ -33,7 +33,6 @@ GRACE_SECONDS = 0.1
 LOCAL_SECONDS = 0.5  # for what the service knows by itself: refusals, probes
 RECOVERY_SECONDS = 5.0  # after a fault, until everything is as if it had not been
 CALM_SECONDS = 2.0  # at most between two faults; now and then, the recovery besides
-CALM_DOWN_SECONDS = 20.0  # until threads for trouble have ended
 REPORT_SECONDS = 5.0
 MAX_WRONG_SHOWN = 20
 DRIFT = 0.1
@@ -229,7 +228,6 @@ class Soak:
         self._stock = Stock(sample_data.DEFAULT_SEED)
         self._idle: deque[Client] = deque()
         self._lags: deque[tuple[float, float]] = deque(maxlen=1000)
-        self._calm_threads = 0
         self._before: Usage | None = None
         self._after: Usage | None = None
 
@@ -250,7 +248,6 @@ class Soak:
 
     async def _run(self, emulator: EmulatorProcess, service: ServiceProcess) -> None:
         source = random.Random(f"{self.seed}:requests")
-        self._calm_threads = threads(service.process.pid)
         async with asyncio.TaskGroup() as group:
             background = [group.create_task(work) for work in (self._watch_lag(), self._report())]
             await self._load(service, source, self._warm_up(emulator))
@@ -355,14 +352,11 @@ class Soak:
                 self.results.blame(f"{name}: {before:.1f} before, {after:.1f} after")
 
     async def _measure(self, service: ServiceProcess) -> Usage:
-        """Look at what the service holds while nobody is connected and its threads for trouble have ended."""
+        """Look at what the service holds while nobody is connected."""
         for client in self._idle:
             client.close()
         self._idle.clear()
-        deadline = time.monotonic() + CALM_DOWN_SECONDS
-        while threads(service.process.pid) > self._calm_threads and time.monotonic() < deadline:
-            await asyncio.sleep(0.1)
-        await asyncio.sleep(1.5)  # until the service has noticed that nobody is connected
+        await asyncio.sleep(1.5)  # until the service has noticed
         return Usage.of(service.process.pid)
 
     async def _watch_lag(self) -> None:

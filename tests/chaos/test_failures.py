@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.clients import Load, Record, allowance, ask_at_once, by_status, wait_until
+from tests.chaos.clients import Load, Record, allowance, ask_at_once, by_status
 from tests.chaos.conftest import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, SHORT, TIMEOUT_SECONDS, TOKEN
 from tests.emulator.process import EmulatorProcess
 from tests.emulator.sdk import connect
@@ -241,19 +241,3 @@ def test_threads_that_ask_while_a_query_is_given_up(database: EmulatorProcess, s
             time.sleep(QUERY_TIMEOUT_SECONDS)
     assert_in_time(load.records, load.lag_seconds, {504})
     assert by_status(load.records)[504] <= 3
-
-
-def test_threads_for_trouble_end_after_it(database: EmulatorProcess) -> None:
-    """They start when documents must not wait for one another, and again the next time; in between they are gone."""
-    with ServiceProcess(settings_for(database) | SHORT) as service:
-        assert service.get(ID, TOKEN).status == 200
-        calm = threads(service.process.pid)
-        for _ in range(2):
-            database.fault("freeze", service="kv")
-            for _ in range(2):  # the first tells that there is trouble
-                assert set(by_status(ask_at_once(service.port, [ID] * 8, TOKEN))) <= {503, 504}
-            assert threads(service.process.pid) >= calm + 32
-            database.clear()
-            wait_until(lambda: service.get(ID, TOKEN).status == 200, 5, "well again")
-            wait_until(lambda: threads(service.process.pid) <= calm, 30, "threads")
-            assert by_status(ask_at_once(service.port, [ID] * 8, TOKEN)) == {200: 8}
