@@ -1067,6 +1067,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._started = time.time()
         self._bases: dict[str, int] = {}
+        self._finished: deque[Operation] = deque()
         self.use_row(0)
 
     def use_row(self, row: int) -> None:
@@ -1094,15 +1095,17 @@ class Metrics:
         self._own[first + _SUM] += int(seconds * 1e6)
 
     def operation(self, done: Operation) -> None:
-        """Count a finished Couchbase operation."""
-        with self._lock:
-            self._own[COLUMNS["couchbase_operations_total", done.name, done.outcome]] += 1
-            self._observe(done.seconds, COLUMNS["couchbase_operation_duration_seconds", done.name, _FIRST_BUCKET])
+        """Note a finished Couchbase operation: it is counted with the answers, which must not wait for that."""
+        self._finished.append(done)
 
     def answers(self, handlers: Iterable[ProfileHandler]) -> None:
-        """Count the answers of a whole batch under one lock."""
+        """Count the answers of a whole batch, and the operations that have finished, under one lock."""
         own, waited_us = self._own, 0
         with self._lock:
+            while self._finished:
+                done = self._finished.popleft()
+                own[COLUMNS["couchbase_operations_total", done.name, done.outcome]] += 1
+                self._observe(done.seconds, COLUMNS["couchbase_operation_duration_seconds", done.name, _FIRST_BUCKET])
             for handler in handlers:
                 where = _ANSWER_COLUMNS.get((handler.route, handler.command, handler.status))
                 if where is None:  # a method or route that is not in the closed sets
@@ -2287,9 +2290,13 @@ class ProfileStore:
         return ProblemError(failure.status, failure.detail)
 
 
-def time_left(started: float, timeout_seconds: float) -> float:
-    """Return for how many seconds Couchbase may still be asked for a request of `started` (monotonic)."""
-    return max(0.01, timeout_seconds - (time.monotonic() - started))
+def time_left(started: float, timeout_seconds: float, late_seconds: float) -> float | None:
+    """Return for how many seconds Couchbase may still be asked for a request of `started` (monotonic).
+
+    None, for the setting's, if it is not late: another time-out costs an operation up to a tenth more.
+    """
+    waited = time.monotonic() - started
+    return None if waited < late_seconds else max(0.01, timeout_seconds - waited)
 
 
 class QueryPending(BaseException):  # a signal, not an error: passes every `except Exception`
@@ -2339,23 +2346,17 @@ class Batch:
         collection, wanted = next(iter(self._wanted.items()))
         self._wanted = {}
         keys = list(wanted)
-        if len(keys) == 1:  # a plain get costs a lone request less than get_multi
-            try:
-                found: dict[str, Document | ProblemError] = {
-                    keys[0]: self._store.get(collection, keys[0], timeout_seconds)
-                }
-            except ProblemError as problem:
-                found = {keys[0]: problem}
-        else:
-            found = self._store.get_many(collection, keys, timeout_seconds)
-            for key in wanted.keys() - found.keys():
-                found[key] = ProblemError(500, "unexpected failure")
+        found = self._store.get_many(collection, keys, timeout_seconds)
+        for key in wanted.keys() - found.keys():
+            found[key] = ProblemError(500, "unexpected failure")
         self._found.setdefault(collection, {}).update(found)
         self._operations[collection] = self._store.last_operation()
 
 
 class Alone(Batch):
     """The store for one request by itself: it gets its document at once, within what is left of its time."""
+
+    late_seconds = 0.005
 
     def __init__(self, store: ProfileStore, started: float) -> None:
         super().__init__(store)
@@ -2368,7 +2369,8 @@ class Alone(Batch):
             ProblemError: it could not be got.
         """
         try:
-            return self._store.get(collection, key, time_left(self._started, self._store.timeout_seconds))
+            left = time_left(self._started, self._store.timeout_seconds, self.late_seconds)
+            return self._store.get(collection, key, left)
         finally:
             self.operation = self._store.last_operation()
 
@@ -2382,7 +2384,7 @@ class ForQuery(Alone):
         Raises:
             ProblemError: it failed.
         """
-        left = time_left(self._started, self._store.query_timeout_seconds)
+        left = time_left(self._started, self._store.query_timeout_seconds, self.late_seconds)
         try:
             return self._store.query(statement, parameters, left)
         finally:
@@ -2842,12 +2844,11 @@ class ProfileHandler(BaseHTTPRequestHandler):
         self.started = time.monotonic()
         self._internal = internal
 
-    def respond(self, store: Batch, *, last: bool = True) -> bytes:
+    def respond(self, store: Batch) -> bytes:
         """Run the method's handler with what `store` has and return the answer.
 
         Args:
             store: where documents and query rows come from.
-            last: whether the connection closes if the server drains (no further request of it waits).
 
         Returns:
             The answer; empty while `store` does not have the document that it is made of: call again when it has.
@@ -2863,8 +2864,6 @@ class ProfileHandler(BaseHTTPRequestHandler):
                 self.parse_request()
                 if self.queue_seconds > self.server.queue_seconds:
                     raise unavailable("overloaded: the request waited too long for a worker", rejected="overloaded")
-            if last and self.server.draining:
-                self.close_connection = True
             if self._wanted is None:
                 method = getattr(self, "do_" + self.command, None)
                 if method is None:
@@ -3090,6 +3089,8 @@ class ProfileHandler(BaseHTTPRequestHandler):
             tag = f'ETag: "{cas:x}"\r\n'
             if "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], tag[6:-2]):
                 status, body = 304, b""
+        if self.server.draining and not self.connection.waiting:
+            self.close_connection = True
         if self.path.startswith("/api/"):
             cached = "Cache-Control: private, no-cache\r\n"
         if self.close_connection:
@@ -3234,28 +3235,52 @@ class DocumentQueue:
 
     def __init__(self) -> None:
         self._waiting: deque[ProfileHandler] = deque()
-        self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle: list[threading.Lock] = []  # a held one for each worker that waits; releasing it is the call
+        self._missed = 0  # calls that found no worker idle
+        self._ended = False
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def put(self, handler: ProfileHandler | None) -> None:
-        """Append; nobody is woken before `call`. None ends one worker."""
-        if handler is None:
-            self._calls.put(False)
-        else:
+        """Append; nobody is woken before `call`. None ends all workers."""
+        if handler is not None:
             self._waiting.append(handler)
+            return
+        with self._lock:
+            self._ended = True
+            while self._idle:
+                self._idle.pop().release()
 
     def call(self) -> bool:
-        """Wake a worker if anything waits; tell whether it does."""
-        if self._waiting:
-            self._calls.put(True)
-            return True
-        return False
+        """Wake a worker if anything waits; tell whether it does.
+
+        The one that went idle last, as its caches are warm, and only that one: each that `queue.SimpleQueue` wakes
+        wakes the next, for nothing.
+        """
+        if not self._waiting:
+            return False
+        with self._lock:
+            if self._idle:
+                self._idle.pop().release()
+            else:
+                self._missed += 1
+        return True
 
     def wait(self) -> bool:
         """Wait for a call; False: it is the end."""
-        return self._calls.get()
+        called = threading.Lock()
+        with self._lock:
+            if self._missed and not self._ended:
+                self._missed -= 1
+                return True
+            if self._ended:
+                return False
+            called.acquire()
+            self._idle.append(called)
+        called.acquire()
+        return not self._ended
 
     def oldest(self) -> float:
         """Return when what has waited longest came (monotonic seconds); infinite if nothing waits."""
@@ -3266,11 +3291,8 @@ class DocumentQueue:
 
     def take(self, most: int) -> list[ProfileHandler]:
         """Take out as many as there are, at most so many; does not wait."""
-        taken: list[ProfileHandler] = []
-        with contextlib.suppress(IndexError):
-            while len(taken) < most:
-                taken.append(self._waiting.popleft())
-        return taken
+        with self._lock:
+            return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
 
 
 Handlers: TypeAlias = "queue.SimpleQueue[ProfileHandler | None] | QueryQueue"
@@ -3411,6 +3433,7 @@ class ProfileServer(ThreadingHTTPServer):
     def publish(self) -> None:
         """Put this process's gauges where the others can read them."""
         cpu, resident, descriptors = process_usage()
+        self.metrics.answers(())  # operations that no answer has followed: the background check's
         self.metrics.put_total(cpu, "process_cpu_seconds_total")
         self.metrics.put_total(self.log.dropped, "log_lines_dropped_total")
         self.metrics.put(resident, "process_resident_memory_bytes")
@@ -3452,7 +3475,8 @@ class ProfileServer(ThreadingHTTPServer):
                         if events & selectors.EVENT_READ:
                             self._receive(data)
                     called = self._documents.call()
-                if called and len(ready) == 1:  # a lone client's worker goes first: 0.261 instead of 0.270 ms (p50)
+                if called and len(ready) == 1:  # a lone client's worker goes first, then the SDK's thread with its key
+                    os.sched_yield()
                     os.sched_yield()
                 now = time.monotonic()
                 if now >= self._accept_at:
@@ -3875,7 +3899,7 @@ class ProfileServer(ThreadingHTTPServer):
     def _answer_local(self, handler: ProfileHandler) -> None:
         """Answer what needs no Couchbase, so that probes and refusals never wait for it."""
         try:
-            response = handler.respond(Batch(self.store), last=not handler.connection.waiting)
+            response = handler.respond(Batch(self.store))
         except QueryPending:
             response = b""
         if response:
@@ -3889,21 +3913,26 @@ class ProfileServer(ThreadingHTTPServer):
         """Take all that waits into `pending`, let each say what it wants, get that at once, and answer.
 
         The loop and the workers take turns with all but the waiting for Couchbase: the interpreter lets only one run at
-        a time anyway, but changes between those that could at each system call, which costs as much as the call.
+        a time anyway, but changes between those that could at each system call, which costs as much as the call. A
+        request that is alone has no one to take turns with, nor to be got with.
         """
-        batch = Batch(self.store)
+        batch, answered = Batch(self.store), []
         with self._turn:
             self._documents_taken = time.monotonic()
             pending += self._documents.take(self.batch_size)
             self._documents.call()  # the next, for what is left
-            answered = self._answer_those(pending, batch)
+            if len(pending) > 1:
+                answered = self._answer_those(pending, batch)
         while pending:
             if self.store.troubled:
                 for handler in pending:
                     self._put_alone(handler)
                 break
-            left = time_left(pending[0].started, self.store.timeout_seconds)
-            batch.fetch(left if left < self.store.timeout_seconds - self.late_seconds else None)
+            started = pending[0].started
+            if len(pending) == 1:
+                answered += self._answer_those(pending, Alone(self.store, started))
+                break
+            batch.fetch(time_left(started, self.store.timeout_seconds, self.late_seconds))
             with self._turn:
                 answered += self._answer_those(pending, batch)
         # Who waits for the turn goes on first: lines are written while Couchbase is asked for the next batch. With 32
@@ -3921,7 +3950,7 @@ class ProfileServer(ThreadingHTTPServer):
         waiting: list[ProfileHandler] = []
         for handler in pending:
             try:
-                response = handler.respond(batch, last=not handler.connection.waiting)
+                response = handler.respond(batch)
             except QueryPending:
                 self._put_query(handler)
             else:
@@ -3940,7 +3969,7 @@ class ProfileServer(ThreadingHTTPServer):
         with self._lock:
             self._running.add(handler)
         self._mind()
-        response = handler.respond(ForQuery(self.store, handler.started), last=not handler.connection.waiting)
+        response = handler.respond(ForQuery(self.store, handler.started))
         if not self._take_from_running(handler):
             return False
         self._reply(handler, response)

@@ -102,8 +102,9 @@ class TestRefusals:
         service = ServiceProcess(settings, *arguments).start()
         try:
             advice: str = service.wait_for("cannot serve")["advice"]
+            code = service.process.wait(20)
         finally:
-            code = service.stop()
+            service.stop()
         assert code == 1
         assert len([line for line in service.lines if line["level"] == "error"]) == 1
         assert settings["COUCHBASE_PASSWORD"] not in "".join(service.raw_lines)

@@ -67,7 +67,9 @@ def test_all_threads_are_on_one_processor_and_leave_it_when_it_is_crowded(databa
 
 def test_the_processes_of_a_service_begin_on_different_processors(database) -> None:
     with ServiceProcess(settings_for(database) | {"WORKERS": "2", "LOG_LEVEL": "debug"}) as service:
-        chosen = {service.wait_for("keeps to one processor")["processor"] for _ in range(2)}
+        for _ in range(2):
+            service.wait_for("ready")
+        chosen = {line["processor"] for line in service.lines if line["message"] == "keeps to one processor"}
         children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
         assert [len(processors(int(child))) for child in children] == [1, 1]
     assert len(chosen) == 2 and chosen <= ALL

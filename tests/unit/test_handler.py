@@ -3,14 +3,18 @@
 import base64
 import json
 import math
+import queue
+import threading
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import micro_svc_demo as service
+from tests.chaos.clients import wait_until
 from tests.service import Answer
 
 TOKEN = "secret"
@@ -76,6 +80,7 @@ def ask(server: service.ProfileServer, shelf: Shelf):
         lines = [f"{method} {path} HTTP/{version}", "Host: a", *fields]
         raw = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
         handler = service.ProfileHandler(service.parse_head(raw), ("192.0.2.1", 1), server, internal=internal)
+        handler.connection = SimpleNamespace(waiting=())  # type: ignore[assignment]  # no further request of it
         return parse(handler.respond(shelf))
 
     return ask
@@ -366,6 +371,14 @@ def test_metrics_only_on_their_own_port(ask) -> None:
     assert b"couchbase_ready 1\n" in answer.body
 
 
+def test_an_operation_without_an_answer_is_counted_too(server: service.ProfileServer, ask) -> None:
+    """The background check's, say: operations are counted with answers, and nobody may ask for any."""
+    server.metrics.operation(service.Operation("lookup_in", "service_auth", 0.0, 0.001, "ok", 1))
+    found = ask("/metrics", internal=True).body.decode()
+    assert 'couchbase_operations_total{operation="lookup_in",outcome="ok"} 1\n' in found
+    assert 'couchbase_operation_duration_seconds_count{operation="lookup_in"} 1\n' in found
+
+
 def test_a_request_that_waited_too_long_is_503(server: service.ProfileServer, shelf: Shelf) -> None:
     server.queue_seconds = -1.0
     raw = f"GET /api/v1/id/5 HTTP/1.1\r\nHost: a\r\n{BEARER}\r\n\r\n".encode()
@@ -384,10 +397,6 @@ class TestBatch:
         def last_operation(self) -> None:
             return None
 
-        def get(self, collection: str, key: str, _timeout_seconds: float | None) -> service.Document:
-            self.calls.append((collection, [key]))
-            raise service.ProblemError(404, "no such document")
-
         def get_many(
             self, collection: str, keys: list[str], _timeout_seconds: float | None
         ) -> dict[str, service.Document | service.ProblemError]:
@@ -402,7 +411,7 @@ class TestBatch:
         keys = ["user_data:1", "user_data:2", "user_data:1", "user_data:8", "user_data:9"]
         for key in keys:
             assert batch.get("user_data", key) is None
-        assert batch.get("user_images", "user_images:1") is None
+        assert batch.get("user_images", "user_images:8") is None
         batch.fetch()
         assert store.calls == [("user_data", ["user_data:1", "user_data:2", "user_data:8", "user_data:9"])]
         assert batch.get("user_data", "user_data:2") == service.Document(b"user_data:2", 1)
@@ -410,12 +419,69 @@ class TestBatch:
             with pytest.raises(service.ProblemError) as raised:
                 batch.get("user_data", key)
             assert raised.value.status == status
-        assert batch.get("user_images", "user_images:1") is None
+        assert batch.get("user_images", "user_images:8") is None
         batch.fetch()
-        assert store.calls[1:] == [("user_images", ["user_images:1"])]
+        assert store.calls[1:] == [("user_images", ["user_images:8"])]
         with pytest.raises(service.ProblemError):
-            batch.get("user_images", "user_images:1")
+            batch.get("user_images", "user_images:8")
 
     def test_queries_are_for_other_workers(self) -> None:
         with pytest.raises(service.QueryPending):
             service.Batch(self.Store()).query("SELECT 1", {})  # type: ignore[arg-type]
+
+
+class TestDocumentQueue:
+    """Who is called, and that no call is lost."""
+
+    class Crew:
+        """Workers of a queue, which come back one by one; each tells its name when it has been called."""
+
+        def __init__(self) -> None:
+            self.documents = service.DocumentQueue()
+            self.called: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+        def begin(self, name: str) -> threading.Thread:
+            """Have one more worker wait for one call."""
+
+            def work() -> None:
+                self.called.put(name if self.documents.wait() else f"{name} ended")
+
+            idle = len(self.documents._idle)
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            wait_until(lambda: len(self.documents._idle) > idle, 5, f"{name} idle")
+            return thread
+
+    def test_the_last_to_go_idle_is_called_first_and_alone(self) -> None:
+        crew = self.Crew()
+        threads = [crew.begin(name) for name in ("first", "second", "third")]
+        assert not crew.documents.call()  # nothing waits
+        crew.documents.put(object())  # type: ignore[arg-type]
+        for name in ("third", "second", "first"):
+            assert crew.documents.call()
+            assert crew.called.get(timeout=5) == name
+        for thread in threads:
+            thread.join(5)
+        assert crew.called.empty()
+
+    def test_a_call_that_finds_nobody_idle_is_kept(self) -> None:
+        documents = service.DocumentQueue()
+        documents.put(object())  # type: ignore[arg-type]
+        assert documents.call() and documents.call()
+        assert documents.wait() and documents.wait()  # neither blocks
+
+    def test_the_end_is_for_all(self) -> None:
+        crew = self.Crew()
+        threads = [crew.begin(name) for name in ("first", "second")]
+        crew.documents.put(None)
+        assert {crew.called.get(timeout=5), crew.called.get(timeout=5)} == {"first ended", "second ended"}
+        assert not crew.documents.wait()
+        for thread in threads:
+            thread.join(5)
+
+    def test_most_that_are_taken(self) -> None:
+        documents = service.DocumentQueue()
+        handlers = [object() for _ in range(5)]
+        for handler in handlers:
+            documents.put(handler)  # type: ignore[arg-type]
+        assert [documents.take(3), documents.take(3), documents.take(3)] == [handlers[:3], handlers[3:], []]
