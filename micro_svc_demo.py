@@ -3228,9 +3228,10 @@ class QueryQueue:
 
 
 class DocumentQueue:
-    """What waits for the document workers; one of them is called for all that has come in one look at the sockets.
+    """What waits for workers that get documents. To append and to call a worker are two steps.
 
-    Waking a worker for each request costs more than the request: it would find one, and fetch it by itself.
+    Waking a document worker for each request costs more than the request: it would find one, and fetch it by itself.
+    One is called for all that has come in one look at the sockets.
     """
 
     def __init__(self) -> None:
@@ -3254,19 +3255,19 @@ class DocumentQueue:
                 self._idle.pop().release()
 
     def call(self) -> bool:
-        """Wake a worker if anything waits; tell whether it does.
+        """Wake an idle worker if anything waits; tell whether there was one. If not, the next one idle takes the call.
 
-        The one that went idle last, as its caches are warm, and only that one: each that `queue.SimpleQueue` wakes
-        wakes the next, for nothing.
+        The one that went idle last, as its caches are warm and what malloc keeps for it is of use again; and only that
+        one: each that `queue.SimpleQueue` wakes wakes the next, for nothing.
         """
         if not self._waiting:
             return False
         with self._lock:
             if self._idle:
                 self._idle.pop().release()
-            else:
-                self._missed += 1
-        return True
+                return True
+            self._missed += 1
+            return False
 
     def wait(self) -> bool:
         """Wait for a call; False: it is the end."""
@@ -3311,7 +3312,7 @@ class ProfileServer(ThreadingHTTPServer):
     # does not wait, but each batch costs about 70 µs, however small.
     document_workers = 3
     batch_size = 64
-    alone_workers = 64  # while key-value is in trouble each document has a thread; started when first needed
+    alone_workers = 64  # while key-value is in trouble each document has a thread; started when none is idle
     stuck_seconds = 0.25  # with no document worker coming back for the next batch, something may be wrong
     late_seconds = 0.05  # a batch whose oldest request has waited for longer has so much less time for Couchbase
     overdue_seconds = 0.05  # after its time-out a query that the SDK still holds is given up
@@ -3347,7 +3348,7 @@ class ProfileServer(ThreadingHTTPServer):
         self._documents = DocumentQueue()
         self._turn = threading.Lock()
         self.pictures = Pictures()
-        self._alone: queue.SimpleQueue[ProfileHandler | None] = queue.SimpleQueue()
+        self._alone = DocumentQueue()
         self._queries = QueryQueue()
         self._running: set[ProfileHandler] = set()  # queries that a worker has in hand
         self._lock = threading.Lock()  # of `_running` and of starting workers
@@ -3752,12 +3753,15 @@ class ProfileServer(ThreadingHTTPServer):
         return handler
 
     def _put_alone(self, handler: ProfileHandler) -> None:
-        """Queue a request whose document is fetched by itself; the workers for that start with the first of them."""
-        with self._lock:
-            missing, self._alone_started = self.alone_workers - self._alone_started, self.alone_workers
-        for _ in range(missing):
-            self._start_worker(self._alone, self._answer_alone)
+        """Queue a request whose document is fetched by itself."""
         self._alone.put(handler)
+        if self._alone.call():
+            return
+        with self._lock:
+            if self._alone_started == self.alone_workers:
+                return
+            self._alone_started += 1
+        self._start_thread(self._alone, functools.partial(self._work_documents, self._alone, self._answer_alone))
 
     def _put_query(self, handler: ProfileHandler) -> None:
         """Queue a lookup; with no room it is refused at once."""
@@ -3848,7 +3852,8 @@ class ProfileServer(ThreadingHTTPServer):
         self._workers: list[tuple[threading.Thread, Handlers | DocumentQueue]] = []
         self._start_worker(self._local, self._answer_local)
         for _ in range(self.document_workers):
-            self._start_thread(self._documents, self._work_documents)
+            work = functools.partial(self._work_documents, self._documents, self._answer_documents)
+            self._start_thread(self._documents, work)
         for _ in range(self.settings.threads):
             self._start_worker(self._queries, self._answer_query)
 
@@ -3879,12 +3884,17 @@ class ProfileServer(ThreadingHTTPServer):
             except Exception as error:
                 self._fail([handler], error)
 
-    def _work_documents(self) -> None:
-        """Answer what waits whenever there is a call; nothing that goes wrong ends the worker."""
-        while self._documents.wait():
+    def _work_documents(self, waiting: DocumentQueue, answer: Callable[[list[ProfileHandler]], None]) -> None:
+        """Answer what waits whenever there is a call; nothing that goes wrong ends the worker.
+
+        Args:
+            waiting: what there is to answer.
+            answer: called with an empty list, into which it takes what it answers.
+        """
+        while waiting.wait():
             pending: list[ProfileHandler] = []
             try:
-                self._answer_documents(pending)
+                answer(pending)
             except Exception as error:
                 self._fail(pending, error)
 
@@ -3960,9 +3970,11 @@ class ProfileServer(ThreadingHTTPServer):
             self._reply(handler, handler.response)
         return ready
 
-    def _answer_alone(self, handler: ProfileHandler) -> None:
-        """Get one document by itself, so that it waits for no other's failure."""
-        self._account(self._answer_those([handler], Alone(self.store, handler.started)))
+    def _answer_alone(self, pending: list[ProfileHandler]) -> None:
+        """Take one request into `pending` and get its document by itself, so that it waits for no other's failure."""
+        pending += self._alone.take(1)
+        for handler in pending[:]:
+            self._account(self._answer_those(pending, Alone(self.store, handler.started)))
 
     def _answer_query(self, handler: ProfileHandler) -> bool:
         """Run one SQL++ statement; False if it took so long that another worker has taken this one's place."""

@@ -467,7 +467,7 @@ class TestDocumentQueue:
     def test_a_call_that_finds_nobody_idle_is_kept(self) -> None:
         documents = service.DocumentQueue()
         documents.put(object())  # type: ignore[arg-type]
-        assert documents.call() and documents.call()
+        assert not documents.call() and not documents.call()
         assert documents.wait() and documents.wait()  # neither blocks
 
     def test_the_end_is_for_all(self) -> None:
