@@ -13,6 +13,7 @@ The way of a request: the event loop reads it, a worker answers it, and whoever 
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import base64
 import binascii
@@ -3238,6 +3239,7 @@ class DocumentQueue:
         self._waiting: deque[ProfileHandler] = deque()
         self._lock = threading.Lock()
         self._idle: list[threading.Lock] = []  # a held one for each worker that waits; releasing it is the call
+        self._hired = 0
         self._missed = 0  # calls that found no worker idle
         self._ended = False
 
@@ -3266,21 +3268,40 @@ class DocumentQueue:
             if self._idle:
                 self._idle.pop().release()
                 return True
-            self._missed += 1
+            self._missed = min(self._missed + 1, len(self._waiting))
             return False
 
-    def wait(self) -> bool:
-        """Wait for a call; False: it is the end."""
+    def hire(self, most: int) -> bool:
+        """Tell whether one more worker may be started, of at most so many."""
+        with self._lock:
+            wanted = self._hired < most
+            self._hired += wanted
+            return wanted
+
+    def wait(self, seconds: float = -1) -> bool:
+        """Wait for a call.
+
+        Args:
+            seconds: for how long, -1 for ever.
+
+        Returns:
+            False if the worker is to end: all are, or there was no call in this time.
+        """
         called = threading.Lock()
         with self._lock:
-            if self._missed and not self._ended:
-                self._missed -= 1
-                return True
             if self._ended:
                 return False
+            if self._missed:
+                self._missed -= 1
+                return True
             called.acquire()
             self._idle.append(called)
-        called.acquire()
+        if not called.acquire(timeout=seconds):
+            with self._lock:
+                if called in self._idle:  # else there has been a call just now
+                    self._idle.remove(called)
+                    self._hired -= 1
+                    return False
         return not self._ended
 
     def oldest(self) -> float:
@@ -3313,6 +3334,7 @@ class ProfileServer(ThreadingHTTPServer):
     document_workers = 3
     batch_size = 64
     alone_workers = 64  # while key-value is in trouble each document has a thread; started when none is idle
+    alone_seconds = 10.0  # without a call one ends: malloc keeps memory for each
     stuck_seconds = 0.25  # with no document worker coming back for the next batch, something may be wrong
     late_seconds = 0.05  # a batch whose oldest request has waited for longer has so much less time for Couchbase
     overdue_seconds = 0.05  # after its time-out a query that the SDK still holds is given up
@@ -3356,7 +3378,6 @@ class ProfileServer(ThreadingHTTPServer):
         self._documents_taken = 0.0
         self._was_ready = False
         self._clients = 0
-        self._alone_started = 0
         self._asked: deque[Connection] = deque()
         self._awake = False
         self._wake_end: socket.socket | None = None
@@ -3757,11 +3778,9 @@ class ProfileServer(ThreadingHTTPServer):
         self._alone.put(handler)
         if self._alone.call():
             return
-        with self._lock:
-            if self._alone_started == self.alone_workers:
-                return
-            self._alone_started += 1
-        self._start_thread(self._alone, functools.partial(self._work_documents, self._alone, self._answer_alone))
+        if self._alone.hire(self.alone_workers):
+            # Not a `threading.Thread`: to start one waits until it runs, and on a busy processor the loop has no time.
+            _thread.start_new_thread(self._work_documents, (self._alone, self._answer_alone, self.alone_seconds))
 
     def _put_query(self, handler: ProfileHandler) -> None:
         """Queue a lookup; with no room it is refused at once."""
@@ -3866,6 +3885,7 @@ class ProfileServer(ThreadingHTTPServer):
         thread.start()
 
     def _stop_workers(self) -> None:
+        self._alone.put(None)
         for _, waiting in self._workers:
             waiting.put(None)
         deadline = time.monotonic() + 1.0
@@ -3884,14 +3904,17 @@ class ProfileServer(ThreadingHTTPServer):
             except Exception as error:
                 self._fail([handler], error)
 
-    def _work_documents(self, waiting: DocumentQueue, answer: Callable[[list[ProfileHandler]], None]) -> None:
+    def _work_documents(
+        self, waiting: DocumentQueue, answer: Callable[[list[ProfileHandler]], None], seconds: float = -1
+    ) -> None:
         """Answer what waits whenever there is a call; nothing that goes wrong ends the worker.
 
         Args:
             waiting: what there is to answer.
             answer: called with an empty list, into which it takes what it answers.
+            seconds: the worker ends when there has been no call for so long; -1: never.
         """
-        while waiting.wait():
+        while waiting.wait(seconds):
             pending: list[ProfileHandler] = []
             try:
                 answer(pending)

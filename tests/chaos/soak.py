@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import micro_svc_demo
 from tests import sample_data
 from tests.chaos.clients import Client, Record, allowance, lags
 from tests.emulator.process import EmulatorProcess
@@ -356,7 +357,8 @@ class Soak:
         for client in self._idle:
             client.close()
         self._idle.clear()
-        await asyncio.sleep(1.5)  # until the service has noticed
+        # until the service has noticed, and its threads for trouble have ended
+        await asyncio.sleep(micro_svc_demo.ProfileServer.alone_seconds + 1.5)
         return Usage.of(service.process.pid)
 
     async def _watch_lag(self) -> None:

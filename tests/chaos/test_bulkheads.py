@@ -5,9 +5,11 @@ import statistics
 import time
 from typing import NamedTuple
 
-from tests.chaos.clients import Load, ask_at_once, by_status
+import micro_svc_demo
+from tests.chaos.clients import Load, ask_at_once, by_status, wait_until
 from tests.chaos.conftest import TOKEN
 from tests.emulator.process import EmulatorProcess
+from tests.load.clients import threads
 from tests.service import ServiceProcess, settings_for
 
 IDS = [f"/api/v1/id/{number}" for number in range(1, 101)]
@@ -125,3 +127,18 @@ def test_after_a_failure_documents_are_fetched_one_by_one(database: EmulatorProc
         time.sleep(0.5)
     time.sleep(max(0.0, failed + 5.7 - time.monotonic()))
     assert batches()
+
+
+def test_threads_for_trouble_end_when_it_is_over(database: EmulatorProcess) -> None:
+    """Each keeps memory for itself, so they are as many as are needed, and end when nobody has called them for 10 s."""
+    with ServiceProcess(settings_for(database)) as service:
+        pid = service.process.pid
+        assert service.get(IDS[0], TOKEN).status == 200
+        calm = threads(pid)
+        database.fault("latency", service="kv", operation="get", ms=200)
+        database.fault("status", status=0x84, operation="get", count=1)
+        assert service.get(IDS[0], TOKEN).status == 503
+        assert by_status(ask_at_once(service.port, IDS[:40], TOKEN)) == {200: 40}
+        assert calm + 20 < threads(pid) <= calm + 41
+        wait_until(lambda: threads(pid) == calm, micro_svc_demo.ProfileServer.alone_seconds + 20, "the threads' end")
+        assert service.get(IDS[0], TOKEN).status == 200

@@ -466,8 +466,9 @@ class TestDocumentQueue:
 
     def test_a_call_that_finds_nobody_idle_is_kept(self) -> None:
         documents = service.DocumentQueue()
-        documents.put(object())  # type: ignore[arg-type]
-        assert not documents.call() and not documents.call()
+        for _ in range(2):
+            documents.put(object())  # type: ignore[arg-type]
+            assert not documents.call()
         assert documents.wait() and documents.wait()  # neither blocks
 
     def test_the_end_is_for_all(self) -> None:
@@ -478,6 +479,25 @@ class TestDocumentQueue:
         assert not crew.documents.wait()
         for thread in threads:
             thread.join(5)
+
+    def test_a_worker_that_nobody_calls_ends(self) -> None:
+        """And another may take its place; a call that has come meanwhile is not lost with it."""
+        documents = service.DocumentQueue()
+        assert documents.hire(2) and documents.hire(2) and not documents.hire(2)
+        documents.put(object())  # type: ignore[arg-type]
+        assert not documents.call()
+        assert documents.wait(0.01)
+        assert not documents.wait(0.01)
+        assert not documents.call()
+        assert documents.hire(2) and not documents.hire(2)
+        assert documents.wait(0.01)
+
+    def test_calls_are_not_more_than_what_waits(self) -> None:
+        documents = service.DocumentQueue()
+        documents.put(object())  # type: ignore[arg-type]
+        for _ in range(3):
+            documents.call()
+        assert documents.wait(0.01) and not documents.wait(0.01)
 
     def test_most_that_are_taken(self) -> None:
         documents = service.DocumentQueue()

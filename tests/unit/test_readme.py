@@ -65,6 +65,8 @@ def test_metrics_and_alerts_are_those_that_exist() -> None:
 
 def test_the_verdict_is_that_of_the_results() -> None:
     section = README.partition("## How fast it is")[2].partition("\n## ")[0]
-    results = json.loads((ROOT / "tests" / "load" / "results" / "services.json").read_text(encoding="utf-8"))
+    part = json.loads((ROOT / "tests" / "load" / "results" / "services.json").read_text(encoding="utf-8"))
+    results = bench_report.Results(part)
     table = [line for line in section.splitlines() if line.startswith("|")]
-    assert table == bench_report.verdict_lines(bench_report.Results(results))
+    assert table == bench_report.verdict_lines(results)
+    assert bench_report.processor_note(results) in " ".join(section.split())
