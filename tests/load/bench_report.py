@@ -160,7 +160,7 @@ def verdict(results: Results) -> list[Check]:
     checks.append(_lower("latency of a single client, p50 against Express", p50[0], p50[1], "ms", 3))
     for service in (EXPRESS, FASTAPI):
         what = f"resident memory after the run against {TITLES[service]}"
-        checks.append(_lower(what, results.after_run_mb(OURS), results.after_run_mb(service), "MB", 0))
+        checks.append(_lower(what, results.after_run_mb(OURS), results.after_run_mb(service), "MB", 1))
     for service, least in ((EXPRESS, 2.0), (FASTAPI, 4.0)):
         what = f"raw pictures, requests/s against {TITLES[service]}"
         checks.append(_at_least(what, compared("picture", service), least, _times))
