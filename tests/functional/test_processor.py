@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service import ServiceProcess, settings_for
+from tests.service import ROOT, ServiceProcess, settings_for
 
 ALL = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 MOVE_SECONDS = 120.0  # other tests may crowd the other processors meanwhile
@@ -80,3 +80,27 @@ def test_off_leaves_it_to_the_kernel(database) -> None:
         assert processors(service.process.pid) == {frozenset(ALL)}
         assert policies(service.process.pid) == {os.SCHED_OTHER}
         assert heaps(service.process.pid) > 0
+
+
+def test_memory_that_lies_free_goes_back() -> None:
+    """Of a heap whose last block is in use the kernel gets nothing back by itself."""
+    code = """
+import os
+import micro_svc_demo
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+processor = micro_svc_demo.Processor(0)
+processor.look_seconds = processor.trim_seconds = 0
+blocks = [b"x" * 20_000 for _ in range(4_000)]
+last = blocks[-1]
+full = resident()
+del blocks
+freed = resident()
+processor.keep()
+print(full, freed, resident())
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    full, freed, trimmed = map(int, ended.stdout.split())
+    assert full - freed < 10_000_000
+    assert freed - trimmed > 60_000_000
