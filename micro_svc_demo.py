@@ -1265,7 +1265,7 @@ class Processor:
         used = resource.getrusage(resource.RUSAGE_SELF)
         return time.monotonic(), used.ru_utime + used.ru_stime, {number: busy[number] for number in self._allowed}
 
-    def trim(self) -> None:
+    def _trim(self) -> None:
         """Give back what lies free between what is in use of the heap (malloc_trim(3)), which is nobody else's to do.
 
         It takes 0.5 ms after profiles, and 3 ms after pictures, of which it gives back 5 of 82 MB.
@@ -1274,7 +1274,7 @@ class Processor:
             ctypes.CDLL(None).malloc_trim(0)
 
     def keep(self) -> bool:
-        """Move to a calmer processor if others crowd this one; tell whether it has.
+        """Move to a calmer processor if others crowd this one; tell whether it has. Now and then, trim the heap.
 
         Raises:
             OSError, KeyError: this system does not let it any more, or does not tell.
@@ -1285,7 +1285,7 @@ class Processor:
         self._seen = now, used, busy
         if now >= self._trimmed + self.trim_seconds:
             self._trimmed = now
-            self.trim()
+            self._trim()
         others = {number: (busy[number] - busy_then[number]) / (now - then) for number in self._allowed}
         others[self.home] -= (used - used_then) / (now - then)
         calmer = calmer_processors(self.home, others)
@@ -2370,7 +2370,7 @@ class Batch:
 class Alone(Batch):
     """The store for one request by itself: it gets its document at once, within what is left of its time."""
 
-    late_seconds = 0.005
+    late_seconds = 0.005  # sooner than a batch is late, whose oldest request sets the time-out for all
 
     def __init__(self, store: ProfileStore, started: float) -> None:
         super().__init__(store)
@@ -3252,7 +3252,7 @@ class DocumentQueue:
         self._waiting: deque[ProfileHandler] = deque()
         self._lock = threading.Lock()
         self._idle: list[threading.Lock] = []  # a held one for each worker that waits; releasing it is the call
-        self._hired = 0
+        self._hired = 0  # workers that end when nobody calls them
         self._missed = 0  # calls that found no worker idle
         self._ended = False
 
@@ -3285,11 +3285,12 @@ class DocumentQueue:
             return False
 
     def hire(self, most: int) -> bool:
-        """Tell whether one more worker may be started, of at most so many."""
+        """Count one more worker, which the caller is to start; False if there are so many already."""
         with self._lock:
-            wanted = self._hired < most
-            self._hired += wanted
-            return wanted
+            if self._hired >= most:
+                return False
+            self._hired += 1
+            return True
 
     def wait(self, seconds: float = -1) -> bool:
         """Wait for a call.
@@ -3386,7 +3387,7 @@ class ProfileServer(ThreadingHTTPServer):
         self._alone = DocumentQueue()
         self._queries = QueryQueue()
         self._running: set[ProfileHandler] = set()  # queries that a worker has in hand
-        self._lock = threading.Lock()  # of `_running` and of starting workers
+        self._lock = threading.Lock()  # of `_running`
         self._minding_queries = False
         self._documents_taken = 0.0
         self._was_ready = False
@@ -3789,9 +3790,7 @@ class ProfileServer(ThreadingHTTPServer):
     def _put_alone(self, handler: ProfileHandler) -> None:
         """Queue a request whose document is fetched by itself."""
         self._alone.put(handler)
-        if self._alone.call():
-            return
-        if self._alone.hire(self.alone_workers):
+        if not self._alone.call() and self._alone.hire(self.alone_workers):
             # Not a `threading.Thread`: to start one waits until it runs, and on a busy processor the loop has no time.
             _thread.start_new_thread(self._work_documents, (self._alone, self._answer_alone, self.alone_seconds))
 
@@ -3883,8 +3882,8 @@ class ProfileServer(ThreadingHTTPServer):
     def _start_workers(self) -> None:
         self._workers: list[tuple[threading.Thread, Handlers | DocumentQueue]] = []
         self._start_worker(self._local, self._answer_local)
+        work = functools.partial(self._work_documents, self._documents, self._answer_documents)
         for _ in range(self.document_workers):
-            work = functools.partial(self._work_documents, self._documents, self._answer_documents)
             self._start_thread(self._documents, work)
         for _ in range(self.settings.threads):
             self._start_worker(self._queries, self._answer_query)
@@ -4009,8 +4008,8 @@ class ProfileServer(ThreadingHTTPServer):
     def _answer_alone(self, pending: list[ProfileHandler]) -> None:
         """Take one request into `pending` and get its document by itself, so that it waits for no other's failure."""
         pending += self._alone.take(1)
-        for handler in pending[:]:
-            self._account(self._answer_those(pending, Alone(self.store, handler.started)))
+        if pending:
+            self._account(self._answer_those(pending, Alone(self.store, pending[0].started)))
 
     def _answer_query(self, handler: ProfileHandler) -> bool:
         """Run one SQL++ statement; False if it took so long that another worker has taken this one's place."""

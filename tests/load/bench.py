@@ -15,14 +15,14 @@ from typing import Any
 
 from tests.load import bench_backend, bench_check, bench_plan
 from tests.load.bench_backend import Backend
-from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, Lives, Scenario, Setup
+from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, SDK_CEILING, SDK_ON_ONE_PROCESSOR, Lives, Scenario, Setup
 from tests.load.bench_processes import Load, RunError, Service, keep_to_one_processor, measure, run_wrk
 from tests.load.bench_tools import PEERS, Tools, output_of
 from tests.service import ROOT, Answer
 
 SDK_LOOPS = {
-    "plain gets, 8 threads": (8, 1, False),
-    "plain gets, 8 threads on one processor": (8, 1, True),
+    SDK_CEILING: (8, 1, False),
+    SDK_ON_ONE_PROCESSOR: (8, 1, True),
     "get_multi of 16, 1 thread": (1, 16, False),
     "get_multi of 16, 2 threads": (2, 16, False),
 }

@@ -11,6 +11,9 @@ TITLES = {
     THREADING: "ThreadingHTTPServer",
 }
 """The services by the names of ``--services``, and what tables call them."""
+SDK_CEILING = "plain gets, 8 threads"
+SDK_ON_ONE_PROCESSOR = "plain gets, 8 threads on one processor"
+"""Loops of the SDK alone that others are compared with."""
 ABLE_TO_FORK = (OURS, EXPRESS, FASTAPI)
 """Those that can run as several processes."""
 DOCUMENTS = 1000

@@ -4,12 +4,10 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, PLAIN, THREADING, TITLES
+from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, PLAIN, SDK_CEILING, SDK_ON_ONE_PROCESSOR, THREADING, TITLES
 
 Part = dict[str, Any]
 """One results file: `services`, `grid` or `growth`."""
-SDK_CEILING = "plain gets, 8 threads"
-SDK_ON_ONE_PROCESSOR = "plain gets, 8 threads on one processor"
 SCENARIO_TITLES = {
     "by-id": "by id",
     "missing": "missing ids",
