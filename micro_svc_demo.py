@@ -2983,8 +2983,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         Raises:
             ProblemError: 401, or 503 while the token is not known yet.
         """
-        tokens = self.server.store.tokens
-        if not tokens.known:
+        if not self.server.connected:
             raise unavailable("not ready yet", rejected="not_ready")
         given = self.headers.get("authorization")
         if given is None:
@@ -2992,7 +2991,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         else:
             scheme, _, credentials = given.partition(" ")
             token = credentials.strip(" ") if scheme.lower() == "bearer" else None
-        if token is None or not tokens.accepts(token, time.monotonic()):
+        if token is None or not self.server.store.tokens.accepts(token, time.monotonic()):
             self.server.metrics.add("auth_failures_total")
             raise ProblemError(401, "a valid bearer token is required", CHALLENGE)
         self._authorized = True  # if the request is run again, it need not be checked again
@@ -3103,7 +3102,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             tag = f'ETag: "{cas:x}"\r\n'
             if "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], tag[6:-2]):
                 status, body = 304, b""
-        if self.server.draining and not self.connection.waiting:
+        if self.server.lets_clients_go and not self.connection.waiting:
             self.close_connection = True
         if self.path.startswith("/api/"):
             cached = "Cache-Control: private, no-cache\r\n"
@@ -3390,7 +3389,8 @@ class ProfileServer(ThreadingHTTPServer):
         self._lock = threading.Lock()  # of `_running`
         self._minding_queries = False
         self._documents_taken = 0.0
-        self._was_ready = False
+        self.connected = False  # Couchbase has been reached, and the other processes know: data may be asked for
+        self._is_ready = False
         self._clients = 0
         self._asked: deque[Connection] = deque()
         self._awake = False
@@ -3456,14 +3456,21 @@ class ProfileServer(ThreadingHTTPServer):
             return []
         return self.store.unready_reasons() or ["not ready yet"]
 
+    @property
+    def lets_clients_go(self) -> bool:
+        """Whether a client is to come again for its next request: this process drains, or only another is ready."""
+        return self.draining or (not self._is_ready and any(self.metrics.column("couchbase_ready")))
+
     def tell_ready(self) -> None:
         """Tell all worker processes, and once a change the log, whether this one can serve profiles."""
         reasons = ["draining"] if self.draining else self.store.unready_reasons()
-        self.metrics.put(not reasons, "couchbase_ready")
+        with self._turn:  # nobody gets a profile here and then, from a process that has not been told, none
+            self.metrics.put(not reasons, "couchbase_ready")
+            self.connected = self.store.tokens.known
         for service, state in self.store.breaker_states().items():
             self.metrics.put(Breaker.STATES.index(state), "couchbase_breaker_state", service)
-        if self._was_ready == bool(reasons):
-            self._was_ready = not reasons
+        if self._is_ready == bool(reasons):
+            self._is_ready = not reasons
             self.log.event("warning" if reasons else "info", "not ready" if reasons else "ready", reasons=reasons)
 
     def publish(self) -> None:

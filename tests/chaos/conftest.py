@@ -1,5 +1,6 @@
 """An emulator whose faults are used, and the service in front of it with short time-outs."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -111,6 +112,13 @@ def everything_at_once(request: pytest.FixtureRequest) -> None:
     if any(SOAKED in item.nodeid for item in request.session.items):
         request.getfixturevalue("soak")
     Scene.begin()
+
+
+@pytest.fixture(autouse=True)
+def second_try(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have a test that is repeated look at a new performance of its scene."""
+    with Scene.anew() if getattr(request.node, "execution_count", 1) > 1 else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,8 @@
 """Scenes: what takes long because it waits, played side by side in the background, each with its own emulator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 AT_ONCE = 3  # on the two processors of a small machine: each scene costs a second of starting, then mostly waits
@@ -25,6 +26,7 @@ class Scene(Generic[Outcome]):
         self._play = play
         self._arguments = arguments
         self._future: Future[Outcome]
+        self._stale = False
         Scene._all.append(self)
 
     def outcome(self, seconds: float = 110.0) -> Outcome:
@@ -33,6 +35,9 @@ class Scene(Generic[Outcome]):
         One that has failed is played again for the next who asks, when less goes on beside it.
         """
         Scene.begin()
+        if self._stale and Scene._pool is not None:
+            self._stale = False
+            self._future = Scene._pool.submit(self._play, *self._arguments)
         future = self._future
         try:
             return future.result(seconds)
@@ -48,6 +53,18 @@ class Scene(Generic[Outcome]):
             Scene._pool = ThreadPoolExecutor(AT_ONCE)
             for scene in Scene._all:
                 scene._future = Scene._pool.submit(scene._play, *scene._arguments)
+
+    @staticmethod
+    @contextmanager
+    def anew() -> Iterator[None]:
+        """Play each scene again that is asked for in this block: what came of it the last time did not please."""
+        for scene in Scene._all:
+            scene._stale = True
+        try:
+            yield
+        finally:
+            for scene in Scene._all:
+                scene._stale = False
 
     @staticmethod
     def end() -> None:

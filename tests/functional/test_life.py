@@ -8,12 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.emulator.process import EmulatorProcess
 from tests.service import ROOT, ServiceProcess, settings_for
+
+NO_ACCESS = 0x24
 
 
 def free_port() -> int:
@@ -259,6 +262,60 @@ class TestWorkers:
             assert len(self.children(service) - before) == 1
             assert service.get("/api/v1/id/1", database.token).status == 200
             assert service.stop() == 0
+
+
+class TestWorkersThatAreNotReady:
+    """Both workers are refused their token at first, one once more than the other, which is ready before it."""
+
+    @pytest.fixture
+    def database(self) -> Iterator[EmulatorProcess]:
+        with EmulatorProcess(profiles=10, token="t") as own:
+            own.fault("status", status=NO_ACCESS, operation="lookup_in", count=3)
+            yield own
+
+    @pytest.fixture
+    def service(self, database: EmulatorProcess) -> Iterator[ServiceProcess]:
+        service = ServiceProcess(settings_for(database) | {"WORKERS": "2"}).start()
+        try:
+            yield service
+        finally:
+            assert service.stop() == 0
+
+    def ready(self, service: ServiceProcess) -> int:
+        return [line["message"] for line in service.lines].count("ready")
+
+    def test_new_clients_go_to_the_one_that_is(self, database: EmulatorProcess, service: ServiceProcess) -> None:
+        """Once one profile has been answered, all are; also while the cluster is slow to say which nodes it has."""
+        database.fault("latency", ms=200, service="management")
+        deadline = time.monotonic() + 30
+        while service.get("/api/v1/id/1", database.token).status != 200:
+            assert time.monotonic() < deadline
+        answers = []
+        while self.ready(service) < 2:
+            answers.append(service.get("/api/v1/id/1", database.token).status)
+            assert time.monotonic() < deadline
+        assert len(answers) > 5 and set(answers) == {200}
+
+    def test_early_clients_are_sent_to_it(self, database: EmulatorProcess, service: ServiceProcess) -> None:
+        """Whoever was let in before any was ready is told to come again: /readyz's word holds for the next request."""
+        clients = [http.client.HTTPConnection("127.0.0.1", service.port, timeout=10) for _ in range(16)]
+
+        def ask(client: http.client.HTTPConnection, path: str) -> int:
+            client.request("GET", path, headers={"Authorization": f"Bearer {database.token}"})  # anew if told to close
+            answer = client.getresponse()
+            answer.read()
+            return answer.status
+
+        assert {ask(client, "/healthz") for client in clients} == {200}
+        assert self.ready(service) == 0
+        deadline = time.monotonic() + 30
+        while self.ready(service) < 2:
+            for client in clients:
+                if ask(client, "/readyz") == 200:
+                    assert ask(client, "/api/v1/id/1") == 200
+            assert time.monotonic() < deadline
+        for client in clients:
+            client.close()
 
 
 def test_a_client_that_vanishes_leaves_the_service_well(database) -> None:

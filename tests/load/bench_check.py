@@ -77,7 +77,8 @@ def differences(port: int, backend: Backend, reference: list[Answer]) -> list[st
 def _compare(probe: Probe, expected: Answer, given: Answer) -> list[str]:
     found = []
     if not given.status == expected.status == probe.status:
-        found.append(f"status {given.status}, the reference {expected.status}, expected {probe.status}")
+        why = f" ({given.body[:200].decode(errors='replace')})" if given.status >= http.HTTPStatus.BAD_REQUEST else ""
+        found.append(f"status {given.status}{why}, the reference {expected.status}, expected {probe.status}")
     if _content(given) != _content(expected):
         found.append(f"another body ({len(given.body)} bytes, not {len(expected.body)})")
     if _media_type(given) != _media_type(expected):

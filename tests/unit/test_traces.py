@@ -43,6 +43,7 @@ def spans(store: Store, path: str, *fields: str, method: str = "GET") -> list[Re
     log, metrics = service.Log("error"), service.Metrics(1)
     server = service.ProfileServer(settings, service.ProfileStore(settings, log, metrics), log, metrics)
     server.store.tokens.adopt("t", 0.0)
+    server.tell_ready()
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     server.tracer = provider.get_tracer("test")
