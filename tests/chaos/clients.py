@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -87,6 +89,68 @@ class Client:
             self._streams = None
 
 
+class Lag:
+    """A context manager that notes how late this machine is: what no server is to blame for.
+
+    A thread on each processor sleeps and looks at the clock, under the policy that the service gives itself: a single
+    processor may stand still while the others go on. `watch_loop` does the same for an event loop.
+    """
+
+    TICK_SECONDS = 0.01
+    LEAST_SECONDS = 0.005  # less is not noted
+
+    def __init__(self) -> None:
+        """Prepare."""
+        self._late: deque[tuple[float, float]] = deque(maxlen=2000)
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._watch, args=(number,)) for number in self._processors()]
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End; what has been noted stays."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+    def worst(self, since: float = 0.0, until: float = float("inf")) -> float:
+        """Return how late it was at worst between two moments (monotonic seconds), in seconds."""
+        return max((late for moment, late in list(self._late) if since <= moment + late and moment <= until), default=0)
+
+    async def watch_loop(self) -> None:
+        """Note how late the event loop is, until cancelled."""
+        while True:
+            started = time.monotonic()
+            await asyncio.sleep(self.TICK_SECONDS)
+            self._note(started)
+
+    @staticmethod
+    def _processors() -> list[int]:
+        if not hasattr(os, "sched_getaffinity"):  # not Linux
+            return []
+        return sorted(os.sched_getaffinity(0))
+
+    def _watch(self, processor: int) -> None:
+        os.sched_setaffinity(0, {processor})  # of this thread alone
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        while not self._stop.is_set():
+            started = time.monotonic()
+            time.sleep(self.TICK_SECONDS)  # not `_stop.wait`: a thread that waits for a lock is woken by another one
+            self._note(started)
+
+    def _note(self, started: float) -> None:
+        late = time.monotonic() - started - self.TICK_SECONDS
+        if late > self.LEAST_SECONDS:
+            self._late.append((started + self.TICK_SECONDS, late))
+
+
 @dataclass
 class Load:
     """Clients that ask, in a thread of their own, until the block ends; `records` has the answers as they come.
@@ -108,10 +172,11 @@ class Load:
     clients: int = 1
     rate: float | None = None
     records: list[Record] = field(default_factory=list)
-    lag_seconds: float = 0.0  # the worst delay of this thread itself: what no server is to blame for
+    lag: Lag = field(default_factory=Lag)
 
     def __enter__(self) -> Self:
         """Start asking."""
+        self.lag.__enter__()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
@@ -123,6 +188,7 @@ class Load:
         """Stop, and wait for the last answers."""
         self._stop.set()
         self._thread.join(2 * CLIENT_SECONDS)
+        self.lag.__exit__(kind, error, trace)
         assert not self._thread.is_alive()
 
     def since(self, moment: float, until: float = float("inf")) -> list[Record]:
@@ -131,8 +197,8 @@ class Load:
 
     async def _run(self) -> None:
         idle: list[Client] = []
+        watcher = asyncio.create_task(self.lag.watch_loop())
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._watch_lag())
             if self.rate is None:
                 for _ in range(self.clients):
                     group.create_task(self._keep_asking())
@@ -142,15 +208,10 @@ class Load:
                     group.create_task(self._ask_once(idle))
                     due += 1 / self.rate
                     await asyncio.sleep(max(0.0, due - time.monotonic()))
+        watcher.cancel()
         for client in idle:
             client.close()
         await asyncio.sleep(0.01)  # the loop closes what has been aborted in its next rounds
-
-    async def _watch_lag(self) -> None:
-        async for _, seconds in lags():
-            self.lag_seconds = max(self.lag_seconds, seconds)
-            if self._stop.is_set():
-                break
 
     async def _keep_asking(self) -> None:
         client = Client(self.port)
@@ -164,21 +225,13 @@ class Load:
         idle.append(client)
 
 
-async def lags() -> AsyncIterator[tuple[float, float]]:
-    """Yield, a hundred times a second, the moment (monotonic seconds) and how late this thread was woken for it."""
-    while True:
-        started = time.monotonic()
-        await asyncio.sleep(0.01)
-        yield started, time.monotonic() - started - 0.01
-
-
 def allowance(lag_seconds: float) -> float:
     """Return what an answer may be late by on a machine that is so busy: client, service and emulator all take part."""
     return 3 * lag_seconds
 
 
 class Answers(list[Record]):
-    """Answers in the order of the questions, and how late the client itself was at worst while it waited."""
+    """Answers in the order of the questions, and how late the machine was at worst while they were waited for."""
 
     lag_seconds: float = 0.0
 
@@ -186,19 +239,17 @@ class Answers(list[Record]):
 def ask_at_once(port: int, paths: Sequence[str], token: str) -> Answers:
     """Ask for all of these at the same time, each on a connection of its own."""
 
-    async def watch(answers: Answers) -> None:
-        async for _, seconds in lags():
-            answers.lag_seconds = max(answers.lag_seconds, seconds)
-
     async def run() -> Answers:
         answers = Answers()
         clients = [Client(port) for _ in paths]
         for client in clients:  # connected, so that all requests leave at once
             await client.get("/healthz")
-        watcher = asyncio.create_task(watch(answers))
         questions = zip(clients, paths, strict=True)
-        answers += await asyncio.gather(*(client.get(path, token) for client, path in questions))
-        watcher.cancel()
+        with Lag() as lag:
+            watcher = asyncio.create_task(lag.watch_loop())
+            answers += await asyncio.gather(*(client.get(path, token) for client, path in questions))
+            watcher.cancel()
+        answers.lag_seconds = lag.worst()
         for client in clients:
             client.close()
         return answers

@@ -91,9 +91,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 
-@pytest.fixture(scope="session")
-def soak() -> Iterator["subprocess.Popen[str]"]:
-    """The soak, under way in the background."""
+@contextlib.contextmanager
+def soaking() -> Iterator["subprocess.Popen[str]"]:
+    """Have a soak under way."""
     process = subprocess.Popen(  # noqa: S603 - the interpreter itself
         [sys.executable, *SOAK], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -102,6 +102,13 @@ def soak() -> Iterator["subprocess.Popen[str]"]:
     process.wait(10)
     assert process.stdout is not None
     process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def soak() -> Iterator["subprocess.Popen[str]"]:
+    """The soak, under way in the background."""
+    with soaking() as process:
+        yield process
 
 
 @pytest.fixture(autouse=True)
@@ -117,8 +124,13 @@ def everything_at_once(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True)
 def second_try(request: pytest.FixtureRequest) -> Iterator[None]:
     """Have a test that is repeated look at a new performance of its scene."""
-    with Scene.anew() if getattr(request.node, "execution_count", 1) > 1 else contextlib.nullcontext():
+    with Scene.anew() if is_repeated(request) else contextlib.nullcontext():
         yield
+
+
+def is_repeated(request: pytest.FixtureRequest) -> bool:
+    """Tell whether a test has failed once and is tried again."""
+    return bool(getattr(request.node, "execution_count", 1) > 1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,20 +1,22 @@
 """A minute of mixed load and faults, which has run beside the other tests; and its command line."""
 
+import contextlib
 import subprocess
 import sys
 
 import pytest
 
-from tests.chaos.conftest import SOAK_SECONDS
+from tests.chaos.conftest import SOAK_SECONDS, is_repeated, soaking
 from tests.service import ROOT
 
 RUNS_LAST = 2
 
 
-def test_soak(soak: "subprocess.Popen[str]") -> None:
+def test_soak(soak: "subprocess.Popen[str]", request: pytest.FixtureRequest) -> None:
     """Every answer was allowed, right and in time; everything was well in the end; nothing has grown."""
-    output, _ = soak.communicate(timeout=SOAK_SECONDS + 90)
-    assert soak.returncode == 0, output
+    with soaking() if is_repeated(request) else contextlib.nullcontext(soak) as process:
+        output, _ = process.communicate(timeout=SOAK_SECONDS + 90)
+    assert process.returncode == 0, output
     assert "wrong                  0" in output
     for row in ("requests", "answers by status", "faults", "worst latency", "threads", "descriptors", "memory MB"):
         assert row in output
