@@ -3,17 +3,21 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+import micro_svc_demo
 from tests.service import ROOT, ServiceProcess, settings_for
 
 ALL = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-MOVE_SECONDS = 120.0  # other tests may crowd the other processors meanwhile
+MOVE_SECONDS = 60.0
+LOOK_SECONDS = 2.0  # between two looks of a service at the most
+CALM_LOOKS = 12  # by the last it has moved, but for one time in thousands: of those that could it takes every second
 pytestmark = pytest.mark.skipif(len(ALL) < 2, reason="needs Linux and two processors")
 
 
@@ -51,6 +55,27 @@ def crowd(processor: int) -> Iterator[None]:
             hog.kill()
 
 
+def busy() -> dict[int, float]:
+    """Return the busy seconds of each processor."""
+    return micro_svc_demo.busy_seconds(Path("/proc/stat").read_text())
+
+
+def wait_for_a_move(service: ServiceProcess, home: int) -> int | None:
+    """Return where a crowded service has moved to; None if other tests have crowded all other processors too."""
+    calm = 0
+    deadline = time.monotonic() + MOVE_SECONDS
+    while calm < CALM_LOOKS and time.monotonic() < deadline:
+        before = busy()
+        time.sleep(LOOK_SECONDS)  # what is measured
+        for line in service.lines:
+            if line["message"] == "moved to another processor":
+                return int(line["processor"])
+        shares = {number: (seconds - before[number]) / LOOK_SECONDS for number, seconds in busy().items()}
+        calm += any(shares[number] < 0.5 for number in ALL - {home})
+    assert calm < CALM_LOOKS, service.raw_lines
+    return None
+
+
 def test_all_threads_are_on_one_processor_and_leave_it_when_it_is_crowded(database) -> None:
     with ServiceProcess(settings_for(database) | {"LOG_LEVEL": "debug"}) as service:
         assert service.get("/api/v1/id/1", database.token).status == 200
@@ -59,8 +84,10 @@ def test_all_threads_are_on_one_processor_and_leave_it_when_it_is_crowded(databa
         assert policies(service.process.pid) == {os.SCHED_BATCH}
         assert heaps(service.process.pid) == 0
         with crowd(*home):
-            moved = service.wait_for("moved to another processor", MOVE_SECONDS)
-            assert moved["processor"] in ALL - home
+            moved = wait_for_a_move(service, *home)
+        if moved is None:
+            pytest.skip("other tests have crowded all other processors for a minute")
+        assert moved in ALL - home
         assert len(processors(service.process.pid)) == 1
         assert service.get("/api/v1/id/1", database.token).status == 200
 
@@ -80,6 +107,32 @@ def test_off_leaves_it_to_the_kernel(database) -> None:
         assert processors(service.process.pid) == {frozenset(ALL)}
         assert policies(service.process.pid) == {os.SCHED_OTHER}
         assert heaps(service.process.pid) > 0
+
+
+def test_way_is_given_only_where_nobody_else_would_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor that another process wants too, who yields waits for that one's turn to end."""
+    yields = []
+    monkeypatch.setattr(os, "sched_yield", lambda: yields.append(1))
+    before, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)
+    try:
+        processor = micro_svc_demo.Processor(0)
+        processor.look_seconds = 0.2
+        processor.crowded = False
+        processor.give_way()
+        assert yields == [1]
+        with ExitStack() as crowds:
+            for number in ALL:  # wherever it moves to
+                crowds.enter_context(crowd(number))
+            deadline = time.monotonic() + 30
+            while not processor.crowded:
+                processor.keep()
+                assert time.monotonic() < deadline
+            processor.give_way()
+    finally:
+        os.sched_setscheduler(0, policy, os.sched_param(0))
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), before)
+    assert yields == [1]
 
 
 def test_memory_that_lies_free_goes_back() -> None:
