@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,20 +71,11 @@ def service(database: EmulatorProcess, started: ServiceProcess) -> ServiceProces
 
 SOAK_SECONDS = 60
 SOAK = ("-m", "tests.chaos.soak", "--seconds", str(SOAK_SECONDS), "--rate", "100", "--seed", "1")
-MEASURED, SOAKED = "test_documents_do_not_notice", "test_soak.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what compares speeds first, then what waits, last what has run beside all that; try what fails once more."""
-
-    def turn(item: pytest.Item) -> int:
-        if "tests/chaos/" not in item.nodeid:
-            return 0
-        if MEASURED in item.nodeid:
-            return 1
-        return 2 + int(getattr(getattr(item, "module", None), "RUNS_LAST", 0))
-
-    items.sort(key=turn)
+    """Put what takes longest first, so that other processes have the other tests meanwhile; repeat what fails."""
+    items.sort(key=lambda item: "tests/chaos/test_soak.py" not in item.nodeid)
     for item in items:
         if "tests/chaos/" in item.nodeid:
             # these hold the service to deadlines while other tests share the machine, which may stand still for a
@@ -97,40 +89,24 @@ def soaking() -> Iterator["subprocess.Popen[str]"]:
     process = subprocess.Popen(  # noqa: S603 - the interpreter itself
         [sys.executable, *SOAK], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    yield process
-    process.kill()
-    process.wait(10)
-    assert process.stdout is not None
-    process.stdout.close()
-
-
-@pytest.fixture(scope="session")
-def soak() -> Iterator["subprocess.Popen[str]"]:
-    """The soak, under way in the background."""
-    with soaking() as process:
+    try:
         yield process
+    finally:
+        process.send_signal(signal.SIGINT)  # if it has not ended yet: it takes its own processes along
+        process.communicate(timeout=30)
 
 
 @pytest.fixture(autouse=True)
-def everything_at_once(request: pytest.FixtureRequest) -> None:
-    """Start the soak and the scenes with the first test that does not compare speeds, if the soak is to be run."""
-    if MEASURED in request.node.nodeid:
-        return
-    if any(SOAKED in item.nodeid for item in request.session.items):
-        request.getfixturevalue("soak")
-    Scene.begin()
+def all_scenes(request: pytest.FixtureRequest) -> None:
+    """Start all scenes of a module with its first test."""
+    Scene.begin(request.module.__name__)
 
 
 @pytest.fixture(autouse=True)
 def second_try(request: pytest.FixtureRequest) -> Iterator[None]:
     """Have a test that is repeated look at a new performance of its scene."""
-    with Scene.anew() if is_repeated(request) else contextlib.nullcontext():
+    with Scene.anew() if getattr(request.node, "execution_count", 1) > 1 else contextlib.nullcontext():
         yield
-
-
-def is_repeated(request: pytest.FixtureRequest) -> bool:
-    """Tell whether a test has failed once and is tried again."""
-    return bool(getattr(request.node, "execution_count", 1) > 1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Scenes: what takes long because it waits, played side by side in the background, each with its own emulator."""
+"""Scenes: what takes long because it waits, those of a module played side by side, each with its own emulator."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,15 +11,18 @@ Outcome = TypeVar("Outcome")
 
 
 class Scene(Generic[Outcome]):
-    """One scene; it is known as soon as its module is imported, and played when the first test wants a scene.
+    """One scene; it is known as soon as its module is imported, and played from the module's first test on.
+
+    Only then: of the processes that share the tests each has imported all modules, but has the tests of some.
 
     Args:
-        play: does it.
+        play: does it; a function of the tests' own module.
         *arguments: of `play`.
     """
 
     _all: list["Scene[Any]"] = []  # noqa: RUF012 - the register of all scenes, shared on purpose
     _pool: ThreadPoolExecutor | None = None
+    _begun: set[str] = set()  # noqa: RUF012 - the names of the modules whose scenes are played, shared on purpose
 
     def __init__(self, play: Callable[..., Outcome], *arguments: Any) -> None:
         """Register it."""
@@ -34,7 +37,7 @@ class Scene(Generic[Outcome]):
 
         One that has failed is played again for the next who asks, when less goes on beside it.
         """
-        Scene.begin()
+        Scene.begin(self._play.__module__)
         if self._stale and Scene._pool is not None:
             self._stale = False
             self._future = Scene._pool.submit(self._play, *self._arguments)
@@ -47,11 +50,14 @@ class Scene(Generic[Outcome]):
             raise
 
     @staticmethod
-    def begin() -> None:
-        """Start to play all scenes that there are, if that has not been done."""
-        if Scene._pool is None:
-            Scene._pool = ThreadPoolExecutor(AT_ONCE)
-            for scene in Scene._all:
+    def begin(module: str) -> None:
+        """Start to play all scenes of a module, if that has not been done."""
+        if module in Scene._begun:
+            return
+        Scene._begun.add(module)
+        Scene._pool = Scene._pool or ThreadPoolExecutor(AT_ONCE)
+        for scene in Scene._all:
+            if scene._play.__module__ == module:
                 scene._future = Scene._pool.submit(scene._play, *scene._arguments)
 
     @staticmethod

@@ -15,8 +15,6 @@ from tests.chaos.scenes import Scene
 from tests.emulator.process import EmulatorProcess
 from tests.service import ServiceProcess, settings_for
 
-RUNS_LAST = 1  # after the tests whose modules play no scenes in the background
-
 PROFILES = 200
 RATE = 100.0
 TIMEOUT_SECONDS = 2.5  # the default

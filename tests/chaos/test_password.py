@@ -11,8 +11,6 @@ from tests.chaos.scenes import Scene
 from tests.emulator.process import EmulatorProcess
 from tests.service import ServiceProcess, settings_for
 
-RUNS_LAST = 1  # after the tests whose modules play no scenes in the background
-
 LOOKUP = "/api/v1/nickname/nobody"
 IDS = [f"/api/v1/id/{number}" for number in range(1, 11)]
 

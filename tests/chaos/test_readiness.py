@@ -14,8 +14,6 @@ from tests.chaos.scenes import Scene
 from tests.emulator.process import EmulatorProcess
 from tests.service import ServiceProcess, settings_for
 
-RUNS_LAST = 1  # after the tests whose modules play no scenes in the background
-
 LIMIT_SECONDS = 5.0
 IDS = [f"/api/v1/id/{number}" for number in range(1, 51)]
 Fault = Callable[[EmulatorProcess], None]

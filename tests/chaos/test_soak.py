@@ -1,20 +1,17 @@
-"""A minute of mixed load and faults, which has run beside the other tests; and its command line."""
+"""A minute of mixed load and faults; and its command line."""
 
-import contextlib
 import subprocess
 import sys
 
 import pytest
 
-from tests.chaos.conftest import SOAK_SECONDS, is_repeated, soaking
+from tests.chaos.conftest import SOAK_SECONDS, soaking
 from tests.service import ROOT
 
-RUNS_LAST = 2
 
-
-def test_soak(soak: "subprocess.Popen[str]", request: pytest.FixtureRequest) -> None:
+def test_soak() -> None:
     """Every answer was allowed, right and in time; everything was well in the end; nothing has grown."""
-    with soaking() if is_repeated(request) else contextlib.nullcontext(soak) as process:
+    with soaking() as process:
         output, _ = process.communicate(timeout=SOAK_SECONDS + 90)
     assert process.returncode == 0, output
     assert "wrong                  0" in output

@@ -20,8 +20,6 @@ from tests.chaos.scenes import Scene
 from tests.emulator.process import EmulatorProcess
 from tests.service import ServiceProcess, settings_for
 
-RUNS_LAST = 1  # after the tests whose modules play no scenes in the background
-
 EXIT_SECONDS = 15.0
 ID, LOOKUP = "/api/v1/id/1", "/api/v1/nickname/nobody"
 

@@ -13,8 +13,6 @@ from tests.emulator.process import EmulatorProcess
 from tests.emulator.sdk import connect
 from tests.service import ServiceProcess, settings_for
 
-RUNS_LAST = 1  # after the tests whose modules play no scenes in the background
-
 IDS = [f"/api/v1/id/{number}" for number in range(1, 11)]
 PERIOD_SECONDS = 1.0
 LEEWAY_SECONDS = 1.0  # for what a busy machine adds: a period's bound is a second
