@@ -40,6 +40,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.flaky(reruns=1)  # beside other tests the machine may stand still for the one second that is measured
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="needs wrk (Debian's package wrk)")
 def test_it_measures_our_service(tmp_path: Path) -> None:
     """One second of each scenario: every figure is there, nothing fails, and the pages and the chart are written."""
@@ -55,7 +56,7 @@ def test_it_measures_our_service(tmp_path: Path) -> None:
         [figures] = row["rounds"]
         assert figures["failures"] == 0, row
         positive = ("requests_per_second", "p50_ms", "p99_ms", "p999_ms", "cpu_us", "resident_mb", "startup_ms")
-        assert all(figures[name] > 0 for name in positive), row
+        assert [name for name in positive if figures[name] <= 0] == [], (row["scenario"], figures)
     assert all(row["rounds"][0]["requests_per_second"] > 0 for row in results["sdk"])
     assert str(Path.home()) not in text and str(ROOT) not in text and socket.gethostname() not in text
     assert "| by id, 32 connections | micro_svc_demo |" in (tmp_path / "README.md").read_text()
