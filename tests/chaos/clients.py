@@ -101,6 +101,7 @@ class Lag:
 
     def __init__(self) -> None:
         """Prepare."""
+        self.worst_seconds = 0.0  # of all the time
         self._late: deque[tuple[float, float]] = deque(maxlen=2000)
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._watch, args=(number,)) for number in self._processors()]
@@ -120,8 +121,8 @@ class Lag:
             thread.join(10)
             assert not thread.is_alive()
 
-    def worst(self, since: float = 0.0, until: float = float("inf")) -> float:
-        """Return how late it was at worst between two moments (monotonic seconds), in seconds."""
+    def worst_between(self, since: float, until: float) -> float:
+        """Return how late it was at worst between two recent moments (monotonic seconds), in seconds."""
         return max((late for moment, late in list(self._late) if since <= moment + late and moment <= until), default=0)
 
     async def watch_loop(self) -> None:
@@ -149,6 +150,7 @@ class Lag:
         late = time.monotonic() - started - self.TICK_SECONDS
         if late > self.LEAST_SECONDS:
             self._late.append((started + self.TICK_SECONDS, late))
+            self.worst_seconds = max(self.worst_seconds, late)
 
 
 @dataclass
@@ -249,7 +251,7 @@ def ask_at_once(port: int, paths: Sequence[str], token: str) -> Answers:
             watcher = asyncio.create_task(lag.watch_loop())
             answers += await asyncio.gather(*(client.get(path, token) for client, path in questions))
             watcher.cancel()
-        answers.lag_seconds = lag.worst()
+        answers.lag_seconds = lag.worst_seconds
         for client in clients:
             client.close()
         return answers

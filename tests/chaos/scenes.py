@@ -38,16 +38,21 @@ class Scene(Generic[Outcome]):
         One that has failed is played again for the next who asks, when less goes on beside it.
         """
         Scene.begin(self._play.__module__)
-        if self._stale and Scene._pool is not None:
+        if self._stale:
             self._stale = False
-            self._future = Scene._pool.submit(self._play, *self._arguments)
+            self._start()
         future = self._future
         try:
             return future.result(seconds)
         except BaseException:
-            if future is self._future and Scene._pool is not None:
-                self._future = Scene._pool.submit(self._play, *self._arguments)
+            if future is self._future:
+                self._start()
             raise
+
+    def _start(self) -> None:
+        """Play it as soon as there is room, for whoever asks from now on."""
+        assert Scene._pool is not None
+        self._future = Scene._pool.submit(self._play, *self._arguments)
 
     @staticmethod
     def begin(module: str) -> None:
@@ -58,7 +63,7 @@ class Scene(Generic[Outcome]):
         Scene._pool = Scene._pool or ThreadPoolExecutor(AT_ONCE)
         for scene in Scene._all:
             if scene._play.__module__ == module:
-                scene._future = Scene._pool.submit(scene._play, *scene._arguments)
+                scene._start()
 
     @staticmethod
     @contextmanager

@@ -317,7 +317,7 @@ class Soak:
         results.kinds[question.kind] += 1
         if record.seconds > results.worst_seconds:
             results.worst_seconds, results.worst_path = record.seconds, record.path
-        lag = self._lag.worst(record.started, ended)  # what the machine was late by is not the service's fault
+        lag = self._lag.worst_between(record.started, ended)  # what the machine was late by is not the service's fault
         disturbed = question.service is not None and self._weather.disturbs(question.service, record.started, ended)
         where = f"{question.kind} {record.path} at {record.started:.1f} ({record.seconds * 1000:.0f} ms): "
         if self._weather.current:
@@ -384,7 +384,7 @@ class Soak:
         for kind, count in sorted(results.faults.items()):
             print(f"  {kind:<36} {count:>3}")
         print(f"worst latency  {results.worst_seconds * 1000:>9.0f} ms ({results.worst_path})")
-        print(f"  the machine itself was late by {self._lag.worst() * 1000:.0f} ms at most")
+        print(f"  the machine itself was late by {self._lag.worst_seconds * 1000:.0f} ms at most")
         if self._before and self._after:
             print("the service's process, before and after")
             for (name, before), after in zip(self._before.rows().items(), self._after.rows().values(), strict=True):

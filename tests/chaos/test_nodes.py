@@ -102,7 +102,7 @@ def test_the_living_nodes_documents(name: str) -> None:
     assert by_status(before).keys() == {200}
     living, _ = split(seen.load.since(seen.gone, seen.back), lost)
     assert len(living) > 0.3 * RATE * DOWN_SECONDS
-    limit = 1.0 + allowance(seen.load.lag.worst())
+    limit = 1.0 + allowance(seen.load.lag.worst_seconds)
     good = [record for record in living if record.status == 200 and record.seconds < limit]
     assert len(good) >= 0.99 * len(living), by_status(living)
     assert all(right_body(record) for record in good)
@@ -119,7 +119,7 @@ def test_the_lost_nodes_documents(name: str) -> None:
     assert len(others) > 0.3 * RATE * DOWN_SECONDS
     sure = [record for record in others if record.started < seen.back - TIMEOUT_SECONDS]  # its answer came before
     assert by_status(sure).keys() <= {503, 504}
-    slack = GRACE_SECONDS + allowance(seen.load.lag.worst())
+    slack = GRACE_SECONDS + allowance(seen.load.lag.worst_seconds)
     assert [record for record in others if record.seconds > TIMEOUT_SECONDS + slack + CROWD_SECONDS] == []
     known = [record for record in others if record.started > seen.gone + 4]
     fast = [record for record in known if record.status == 503 and record.seconds < slack]

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.emulator.process import EmulatorProcess
+from tests.emulator.wire import Status
 from tests.service import ROOT, ServiceProcess, settings_for
-
-NO_ACCESS = 0x24
 
 
 def free_port() -> int:
@@ -270,7 +269,7 @@ class TestWorkersThatAreNotReady:
     @pytest.fixture
     def database(self) -> Iterator[EmulatorProcess]:
         with EmulatorProcess(profiles=10, token="t") as own:
-            own.fault("status", status=NO_ACCESS, operation="lookup_in", count=3)
+            own.fault("status", status=Status.NO_ACCESS, operation="lookup_in", count=3)
             yield own
 
     @pytest.fixture
