@@ -33,7 +33,6 @@ START_SECONDS = 60.0  # for a process to say that it is ready
 RECORDS_A_SECOND = 200  # far less than what sample_data writes: for its time-out
 STOP_SECONDS = 10.0  # for a process to end before it is killed
 REQUEST_SECONDS = 5.0
-LAST_LINES_SECONDS = 1.0  # for what a process wrote before it ended
 NOT_ENCRYPTED = "the connection to Couchbase is not encrypted"  # as it should be, within one machine
 OWN_SETTINGS = ("COUCHBASE_", "SERVICE_", "EMULATOR_", "SAMPLE_")  # none of the caller's may get into the demo
 
@@ -108,16 +107,14 @@ class Child:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ask it to end, then make it, with all that it has started."""
+        """Ask it to end, then make it."""
         process = self._process
         process.terminate()  # nothing happens where it has ended already
         try:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-        if process.wait(STOP_SECONDS) and hasattr(os, "killpg"):
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # workers that outlived it
+            process.wait(STOP_SECONDS)
         self._watcher.join(STOP_SECONDS)
         self._reader.join(STOP_SECONDS)
         for stream in (process.stdin, process.stdout):
@@ -132,9 +129,9 @@ class Child:
             self._events.put(Event(self, line.rstrip("\n")))
 
     def _watch(self) -> None:
-        """Pass on that it has ended, after its lines; workers that outlive it may keep its output open, though."""
+        """Pass on that it has ended, after its lines."""
         self._process.wait()
-        self._reader.join(LAST_LINES_SECONDS)
+        self._reader.join()
         self._events.put(Event(self, None))
 
     def exit_code(self) -> int:
@@ -185,8 +182,7 @@ class Demo:
             service = stack.enter_context(self._service(settings))
             listening = json.loads(self._line_of(service, lambda line: '"listening"' in line))
             base, metrics = f"http://127.0.0.1:{listening['port']}", f"http://127.0.0.1:{listening['metrics_port']}"
-            for _ in range(self._arguments.workers):
-                self._line_of(service, lambda line: '"message": "ready"' in line)
+            self._line_of(service, lambda line: '"message": "ready"' in line)
             print(guide(base, metrics, token, first_profile(base, token)), flush=True)
             while True:
                 self._look(None)
@@ -219,7 +215,6 @@ class Demo:
             | {
                 "SERVICE_PORT": str(arguments.port),
                 "METRICS_PORT": str(arguments.metrics_port),
-                "WORKERS": str(arguments.workers),
                 "SHUTDOWN_SECONDS": "5",
                 "LOG_LEVEL": "info",  # its first line says which ports it has
                 "ACCESS_LOG": "true" if arguments.verbose else "false",
@@ -309,9 +304,6 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--port", type=port, default=8080, metavar="PORT", help="of the API; default 8080, 0 for any")
     flags.add_argument(
         "--metrics-port", type=port, default=9090, metavar="PORT", help="of /metrics; default 9090, 0 for any"
-    )
-    flags.add_argument(
-        "--workers", type=whole_number(1, 64), default=1, metavar="N", help="processes of the service; default 1"
     )
     flags.add_argument(
         "--seed", type=whole_number(0, 2**31), default=DEFAULT_SEED, metavar="N", help="another, other profiles"

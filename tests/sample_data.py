@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import lru_cache
 from types import ModuleType, TracebackType
@@ -352,7 +352,7 @@ def read_plan(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Plan, Se
         help="documents written at once (default 500)",
     )
     cluster = parser.add_argument_group("the cluster, as for the service")
-    rows = [row.metadata for row in fields(service.Settings) if row.metadata["env"].startswith("COUCHBASE_")]
+    rows = [row for row in service.ROWS if row["env"].startswith("COUCHBASE_")]
     for row in rows:
         if row["flag"]:
             summary = f"{row['env']}: {row['meaning']} ({row['allowed']})".replace("%", "%%")

@@ -358,7 +358,7 @@ class Soak:
             client.close()
         self._idle.clear()
         # until the service has noticed, and its threads for trouble have ended
-        await asyncio.sleep(micro_svc_demo.ProfileServer.alone_seconds + 1.5)
+        await asyncio.sleep(micro_svc_demo.Pool.idle_seconds + 1.5)
         return Usage.of(service.process.pid)
 
     async def _report(self) -> None:

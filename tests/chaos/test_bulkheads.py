@@ -133,12 +133,12 @@ def test_threads_for_trouble_end_when_it_is_over(database: EmulatorProcess) -> N
     """Each keeps memory for itself, so they are as many as are needed, and end when nobody has called them for 10 s."""
     with ServiceProcess(settings_for(database)) as service:
         pid = service.process.pid
-        assert service.get(IDS[0], TOKEN).status == 200
-        calm = threads(pid)
         database.fault("latency", service="kv", operation="get", ms=200)
+        assert by_status(ask_at_once(service.port, IDS[:40], TOKEN)) == {200: 40}
+        calm = threads(pid)
         database.fault("status", status=0x84, operation="get", count=1)
         assert service.get(IDS[0], TOKEN).status == 503
         assert by_status(ask_at_once(service.port, IDS[:40], TOKEN)) == {200: 40}
         assert calm + 20 < threads(pid) <= calm + 41
-        wait_until(lambda: threads(pid) == calm, micro_svc_demo.ProfileServer.alone_seconds + 20, "the threads' end")
+        wait_until(lambda: threads(pid) == calm, micro_svc_demo.Pool.idle_seconds + 20, "the threads' end")
         assert service.get(IDS[0], TOKEN).status == 200

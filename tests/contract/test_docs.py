@@ -1,7 +1,6 @@
 """The page with Swagger UI: what it may load, from where, and that it is exactly what was published."""
 
 import base64
-import dataclasses
 import hashlib
 import re
 from html.parser import HTMLParser
@@ -14,7 +13,7 @@ from tests.emulator.process import EmulatorProcess
 from tests.service import ServiceProcess, settings_for
 
 ASSETS = "https://assets.example:8443/npm/swagger-ui-dist@5"
-[DEFAULT] = [row.metadata["default"] for row in dataclasses.fields(service.Settings) if row.name == "docs_assets_url"]
+[DEFAULT] = [row["default"] for row in service.ROWS if row["name"] == "docs_assets_url"]
 
 
 class Page(HTMLParser):

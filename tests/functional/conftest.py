@@ -59,10 +59,10 @@ def emulator(database: EmulatorProcess | RealCluster) -> EmulatorProcess:
     return database
 
 
-@pytest.fixture(scope="session", params=["1", "2"], ids=lambda workers: f"workers={workers}")
-def service(database: EmulatorProcess | RealCluster, request: pytest.FixtureRequest) -> Iterator[ServiceProcess]:
-    """The service, ready; once as a single process and once as two."""
-    with ServiceProcess(settings_for(database) | {"WORKERS": request.param, "LOG_LEVEL": "info"}) as running:
+@pytest.fixture(scope="session")
+def service(database: EmulatorProcess | RealCluster) -> Iterator[ServiceProcess]:
+    """The service, ready."""
+    with ServiceProcess(settings_for(database)) as running:
         yield running
 
 

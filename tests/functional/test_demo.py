@@ -27,7 +27,6 @@ START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 LAST_LINE = "Ctrl-C ends it.\n"
 PARTS = {"tests.emulator", "micro_svc_demo.py"}
-WORKERS = 2
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 
@@ -43,7 +42,7 @@ class RunningDemo:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.demo", *arguments],
             cwd=ROOT,
-            env=os.environ | {"TMPDIR": str(directory), "COUCHBASE_PASSWORD_FILE": "/nowhere", "WORKERS": "9"},
+            env=os.environ | {"TMPDIR": str(directory), "COUCHBASE_PASSWORD_FILE": "/nowhere"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -136,17 +135,10 @@ def descendants(pid: int) -> dict[int, str]:
     return found
 
 
-def wait_until_gone(pids: set[int]) -> None:
-    """Wait until none of the processes is there; they are not this process's own, so there is nothing to wait on."""
-    deadline = time.monotonic() + STOP_SECONDS
-    while left := pids & processes().keys():
-        assert time.monotonic() < deadline, f"{left} are still there"
-        time.sleep(0.05)
-
-
 def part(children: dict[int, str], name: str) -> int:
-    """Return the id of the part of the demo whose command line has this: of several the first, their parent."""
-    return min(pid for pid, command in children.items() if name in command)
+    """Return the id of the part of the demo whose command line has this."""
+    [pid] = [pid for pid, command in children.items() if name in command]
+    return pid
 
 
 def curl_lines(demo: RunningDemo) -> dict[str, list[str]]:
@@ -210,11 +202,11 @@ def test_what_is_printed_works_and_ctrl_c_ends_it(run_demo: Any, tmp_path: Path)
 
 @needs_signals
 def test_sigterm_leaves_nothing_behind(run_demo: Any) -> None:
-    """No process, with several workers too, no temporary file, and both ports free again."""
-    demo = run_demo(*SMALL, f"--workers={WORKERS}")
+    """No process, no temporary file, and both ports free again."""
+    demo = run_demo(*SMALL)
     demo.wait_until_ready()
     children = demo.children
-    assert len(children) == 2 + WORKERS
+    assert len(children) == len(PARTS)
     assert all(any(name in command for name in PARTS) for command in children.values())
     ports = {int(port) for port in re.findall(r"http://127\.0\.0\.1:([0-9]+)", "".join(demo.lines))}
     assert len(ports) == 2
@@ -260,15 +252,15 @@ def test_sigterm_while_it_starts_leaves_nothing_behind(run_demo: Any) -> None:
 @needs_signals
 @pytest.mark.parametrize("name", sorted(PARTS))
 def test_it_ends_when_a_part_dies(run_demo: Any, name: str) -> None:
-    """One line says which; exit code 1; the other part, and the workers of a dead service, are ended."""
-    demo = run_demo(*SMALL, f"--workers={WORKERS}")
+    """One line says which; exit code 1; the other part is ended."""
+    demo = run_demo(*SMALL)
     demo.wait_until_ready()
     children = demo.children
     os.kill(part(children, name), signal.SIGKILL)
     assert demo.stop() == 1
     title = {"tests.emulator": "emulator", "micro_svc_demo.py": "service"}[name]
     assert demo.errors().splitlines()[-1] == f"demo: the {title} has ended (exit code -9)"
-    wait_until_gone(set(children))
+    assert not children.keys() & processes().keys()
 
 
 @pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
@@ -285,9 +277,7 @@ def test_a_port_in_use_is_one_line(run_demo: Any, flag: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--profiles=0"], ["--port=65536"], ["--workers=0"], ["--token=two words"], ["surplus"]]
-)
+@pytest.mark.parametrize("arguments", [["--profiles=0"], ["--port=65536"], ["--token=two words"], ["surplus"]])
 def test_bad_input_is_one_line(run_demo: Any, arguments: list[str]) -> None:
     """Exit code 2, no traceback."""
     demo = run_demo(*arguments)

@@ -1,4 +1,4 @@
-"""From start to stop: probes while Couchbase is not there, helpful refusals, token rotation, drain, workers."""
+"""From start to stop: probes while Couchbase is not there, helpful refusals, token rotation, drain."""
 
 import http.client
 import os
@@ -8,13 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from tests.chaos.clients import wait_until
 from tests.emulator.process import EmulatorProcess
-from tests.emulator.wire import Status
 from tests.service import ROOT, ServiceProcess, settings_for
 
 
@@ -32,7 +30,6 @@ def test_start_up_line(service: ServiceProcess, database) -> None:
         database.bucket,
         "profiles",
     )
-    assert line["workers"] == int(service.environment["WORKERS"])
     assert line["threads"] == 8
     assert line["address"]
 
@@ -112,41 +109,50 @@ class TestRefusals:
         assert settings["COUCHBASE_PASSWORD"] not in "".join(service.raw_lines)
         return advice
 
-    @pytest.mark.parametrize("workers", ["1", "2"])
-    def test_wrong_password(self, database, workers: str) -> None:
-        settings = settings_for(database) | {"COUCHBASE_PASSWORD": "marked-wrong", "WORKERS": workers}
-        assert "COUCHBASE_PASSWORD" in self.refused(settings)
+    def test_wrong_password(self, database) -> None:
+        advice = self.refused(settings_for(database) | {"COUCHBASE_PASSWORD": "marked-wrong"})
+        assert "COUCHBASE_PASSWORD" in advice
 
     def test_missing_bucket(self, database) -> None:
         advice = self.refused(settings_for(database) | {"COUCHBASE_BUCKET": "nowhere"})
         assert "bucket 'nowhere' does not exist" in advice and "COUCHBASE_BUCKET" in advice
 
-    def test_missing_scope(self, database) -> None:
-        advice = self.refused(settings_for(database) | {"COUCHBASE_SCOPE": "nowhere"})
-        assert "no scope 'nowhere'" in advice and "tests.sample_data" in advice
 
-    def test_missing_collection(self) -> None:
-        with EmulatorProcess(empty=True) as empty:
-            settings = settings_for(empty) | {"COUCHBASE_SCOPE": "_default", "COUCHBASE_TIMEOUT_MS": "500"}
-            advice = self.refused(settings)
-        assert "'service_auth' does not exist" in advice and "tests.sample_data" in advice
-
-    def test_missing_token_document(self) -> None:
-        with EmulatorProcess(profiles=1, token="t") as own:
-            own.set_token(None)
-            advice = self.refused(settings_for(own))
-        assert "'service_auth:1' does not exist" in advice and "tests.sample_data" in advice
-
-    def test_unusable_token(self) -> None:
-        """An empty token would let everybody in."""
-        with EmulatorProcess(profiles=1, token="t") as own:
-            own.set_token("")
-            advice = self.refused(settings_for(own))
-        assert "visible ASCII" in advice
+@pytest.mark.parametrize(
+    ("scope", "token", "reason"),
+    [
+        ("elsewhere", "t", "(scope 'elsewhere')"),
+        ("_default", "t", "(scope '_default')"),  # has no collections
+        ("profiles", None, "'service_auth:1' does not exist"),
+        ("profiles", "", "visible ASCII"),  # would let everybody in
+    ],
+    ids=["scope", "collection", "token document", "usable token"],
+)
+def test_what_is_missing_is_waited_for(scope: str, token: str | None, reason: str) -> None:
+    """Log and readiness say what to do, and once that has been done the service is ready by itself."""
+    with EmulatorProcess(profiles=1, token="t") as own:
+        own.set_token(token)
+        settings = settings_for(own) | {"COUCHBASE_SCOPE": scope, "COUCHBASE_TIMEOUT_MS": "500"}
+        service = ServiceProcess(settings).start()
+        try:
+            line = service.wait_for("Couchbase is not there yet")
+            [said] = line["reasons"]
+            assert reason in said and "python -m tests.sample_data" in said and line["level"] == "warning"
+            assert (service.get("/healthz").status, service.get("/api/v1/id/1", "").status) == (200, 503)
+            ready = service.get("/readyz")
+            assert (ready.status, ready.json()["reasons"]) == (503, [said])
+            provision = [sys.executable, "-m", "tests.sample_data", "--profiles", "1", "--token", "t"]
+            subprocess.run(provision, cwd=ROOT, env=os.environ | settings, capture_output=True, timeout=60, check=True)
+            service.wait_for("ready")
+            assert service.get("/readyz").status == 200
+            assert service.get("/api/v1/id/1", "t").status == 200
+        finally:
+            assert service.stop() == 0
 
 
 def test_port_in_use_is_one_line(database) -> None:
-    with socket.create_server(("", 0)) as taken:
+    """Also where the other listener would share it."""
+    with socket.create_server(("", 0), reuse_port=True) as taken:
         for name in ("SERVICE_PORT", "METRICS_PORT"):
             settings = {"SERVICE_PORT": "0", "METRICS_PORT": "0"} | {name: str(taken.getsockname()[1])}
             ended = subprocess.run(
@@ -159,6 +165,19 @@ def test_port_in_use_is_one_line(database) -> None:
             )
             assert (ended.returncode, ended.stdout) == (1, "")
             assert ended.stderr.count("\n") == 1 and "in use" in ended.stderr
+
+
+def test_its_ports_are_free_once_it_has_ended(database) -> None:
+    """The next one takes them at once, although the system still remembers a connection that the first has closed."""
+    with (
+        ServiceProcess(settings_for(database)) as first,
+        socket.create_connection(("127.0.0.1", first.port), timeout=10) as idle,
+    ):
+        assert first.stop() == 0
+        assert idle.recv(1) == b""
+    ports = {"SERVICE_PORT": str(first.port), "METRICS_PORT": str(first.metrics_port)}
+    with ServiceProcess(settings_for(database) | ports) as second:
+        assert second.get("/api/v1/id/1", database.token).status == 200
 
 
 class TestToken:
@@ -191,11 +210,10 @@ class TestToken:
 
 class TestDrain:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    @pytest.mark.parametrize("workers", ["1", "2"])
-    def test_running_requests_finish(self, clean_faults: EmulatorProcess, number: int, workers: str) -> None:
+    def test_running_requests_finish(self, clean_faults: EmulatorProcess, number: int) -> None:
         """A request that is under way when the signal comes is answered, with Connection: close; exit code 0."""
         own = clean_faults
-        with ServiceProcess(settings_for(own) | {"WORKERS": workers}) as service:
+        with ServiceProcess(settings_for(own)) as service:
             own.fault("latency", ms=700, operation="get")
             before = own.stats()["operations"].get("get", 0)
             connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
@@ -219,7 +237,11 @@ class TestDrain:
             talking.request("GET", "/healthz")
             talking.getresponse().read()
             service.process.send_signal(signal.SIGTERM)
-            assert service.get("/readyz", port=service.metrics_port).json()["reasons"] == ["draining"]
+
+            def drains() -> bool:
+                return b"draining" in service.get("/readyz", port=service.metrics_port).body
+
+            wait_until(drains, 5, "it says that it drains")
             talking.request("GET", "/healthz")
             response = talking.getresponse()
             assert (response.status, response.getheader("Connection")) == (200, "close")
@@ -240,81 +262,6 @@ class TestDrain:
             assert service.process.wait(20) == 0
             assert time.monotonic() - started < 10
             connection.close()
-
-
-class TestWorkers:
-    def children(self, service: ServiceProcess) -> set[int]:
-        task = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
-        return {int(child) for child in task.read_text().split()}
-
-    @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to find the workers")
-    def test_a_worker_that_dies_is_replaced(self, database) -> None:
-        with ServiceProcess(settings_for(database) | {"WORKERS": "2"}) as service:
-            for _ in range(2):
-                service.wait_for("ready")
-            before = self.children(service)
-            assert len(before) == 2
-            os.kill(min(before), signal.SIGKILL)
-            line = service.wait_for("a worker died; starting another")
-            assert (line["level"], line["exit_code"]) == ("error", -signal.SIGKILL)
-            service.wait_for("ready")
-            assert len(self.children(service) - before) == 1
-            assert service.get("/api/v1/id/1", database.token).status == 200
-            assert service.stop() == 0
-
-
-class TestWorkersThatAreNotReady:
-    """Both workers are refused their token at first, one once more than the other, which is ready before it."""
-
-    @pytest.fixture
-    def database(self) -> Iterator[EmulatorProcess]:
-        with EmulatorProcess(profiles=10, token="t") as own:
-            own.fault("status", status=Status.NO_ACCESS, operation="lookup_in", count=3)
-            yield own
-
-    @pytest.fixture
-    def service(self, database: EmulatorProcess) -> Iterator[ServiceProcess]:
-        service = ServiceProcess(settings_for(database) | {"WORKERS": "2"}).start()
-        try:
-            yield service
-        finally:
-            assert service.stop() == 0
-
-    def ready(self, service: ServiceProcess) -> int:
-        return [line["message"] for line in service.lines].count("ready")
-
-    def test_new_clients_go_to_the_one_that_is(self, database: EmulatorProcess, service: ServiceProcess) -> None:
-        """Once one profile has been answered, all are; also while the cluster is slow to say which nodes it has."""
-        database.fault("latency", ms=200, service="management")
-        deadline = time.monotonic() + 30
-        while service.get("/api/v1/id/1", database.token).status != 200:
-            assert time.monotonic() < deadline
-        answers = []
-        while self.ready(service) < 2:
-            answers.append(service.get("/api/v1/id/1", database.token).status)
-            assert time.monotonic() < deadline
-        assert len(answers) > 5 and set(answers) == {200}
-
-    def test_early_clients_are_sent_to_it(self, database: EmulatorProcess, service: ServiceProcess) -> None:
-        """Whoever was let in before any was ready is told to come again: /readyz's word holds for the next request."""
-        clients = [http.client.HTTPConnection("127.0.0.1", service.port, timeout=10) for _ in range(16)]
-
-        def ask(client: http.client.HTTPConnection, path: str) -> int:
-            client.request("GET", path, headers={"Authorization": f"Bearer {database.token}"})  # anew if told to close
-            answer = client.getresponse()
-            answer.read()
-            return answer.status
-
-        assert {ask(client, "/healthz") for client in clients} == {200}
-        assert self.ready(service) == 0
-        deadline = time.monotonic() + 30
-        while self.ready(service) < 2:
-            for client in clients:
-                if ask(client, "/readyz") == 200:
-                    assert ask(client, "/api/v1/id/1") == 200
-            assert time.monotonic() < deadline
-        for client in clients:
-            client.close()
 
 
 def test_a_client_that_vanishes_leaves_the_service_well(database) -> None:
@@ -350,31 +297,3 @@ def test_failures_of_the_database_have_their_status(clean_faults: EmulatorProces
         assert service.get("/api/v1/id/1", own.token).status == 200
         own.clear()
         assert service.get("/api/v1/nickname/x", own.token).status == 404
-
-
-def test_clients_are_shared_fairly_among_workers(database) -> None:
-    """Of connections opened one after the other each of two workers gets its part."""
-    with ServiceProcess(settings_for(database) | {"WORKERS": "2"}) as service:
-        for _ in range(2):
-            service.wait_for("ready")
-        connections = [http.client.HTTPConnection("127.0.0.1", service.port, timeout=10) for _ in range(40)]
-        for connection in connections:
-            connection.request("GET", "/api/v1/id/1", headers={"Authorization": f"Bearer {database.token}"})
-            assert connection.getresponse().read()
-        for connection in connections:
-            connection.close()
-    served = [line["worker"] for line in service.lines if line["message"] == "request"]
-    assert len(served) == 40
-    assert min(served.count(worker) for worker in (1, 2)) >= 15
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to find the workers")
-def test_workers_end_when_their_parent_is_killed(database) -> None:
-    """Nobody would pass signals on to them: they drain by themselves."""
-    with ServiceProcess(settings_for(database) | {"WORKERS": "2"}) as service:
-        task = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
-        workers = [Path(f"/proc/{child}") for child in task.read_text().split()]
-        assert len(workers) == 2
-        service.process.kill()
-        for _ in workers:
-            service.wait_for("stopped")

@@ -15,7 +15,15 @@ import pytest
 
 from tests.functional.conftest import COUNT
 from tests.load import __main__ as command_line
-from tests.load import bench_backend, bench_capacity, bench_charts, bench_check, bench_plan, bench_report
+from tests.load import (
+    bench_backend,
+    bench_capacity,
+    bench_charts,
+    bench_check,
+    bench_plan,
+    bench_processes,
+    bench_report,
+)
 from tests.load.bench_backend import Backend
 from tests.load.bench_report import Results
 from tests.service import ROOT, ServiceProcess, settings_for
@@ -57,6 +65,8 @@ def test_it_measures_our_service(tmp_path: Path) -> None:
         assert figures["failures"] == 0, row
         positive = ("requests_per_second", "p50_ms", "p99_ms", "p999_ms", "cpu_us", "resident_mb", "startup_ms")
         assert [name for name in positive if figures[name] <= 0] == [], (row["scenario"], figures)
+    memory = {row["scenario"]: row["rounds"][0]["resident_mb"] for row in results["measurements"]}
+    assert memory["two-processes-32"] > 1.5 * memory["by-id-32"]
     assert all(row["rounds"][0]["requests_per_second"] > 0 for row in results["sdk"])
     assert str(Path.home()) not in text and str(ROOT) not in text and socket.gethostname() not in text
     assert "| by id, 32 connections | micro_svc_demo |" in (tmp_path / "README.md").read_text()
@@ -77,6 +87,14 @@ def test_a_service_that_answers_otherwise_is_not_measured(
     assert code == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m tests.load: {complaint}")
     assert json.loads((tmp_path / "services.json").read_text())["measurements"] == []
+
+
+def test_what_several_wrk_count_is_added_up() -> None:
+    """But for times: of those the largest counts."""
+    one = {"requests": 300, "duration_us": 1_000_000, "p99_us": 700, "timeouts": 0}
+    other = {"requests": 200, "duration_us": 1_000_002, "p99_us": 400, "timeouts": 1}
+    sums = {"requests": 500, "duration_us": 1_000_002, "p99_us": 700, "timeouts": 1}
+    assert bench_processes.combined([one, other]) == sums
 
 
 class TestCommandLine:

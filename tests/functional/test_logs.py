@@ -1,19 +1,24 @@
 """The log: one JSON line an event and an answered request, nothing personal, nothing secret, never forged."""
 
+import contextlib
 import datetime
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 import micro_svc_demo
+from tests.chaos.clients import wait_until
 from tests.emulator.process import EmulatorProcess
+from tests.load.clients import Conversation, request
 from tests.service import ROOT, ServiceProcess, settings_for
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-MEMBERS = {"time", "level", "message", "worker", "request_id", "method", "route", "status", "bytes", "duration_ms"}
+MEMBERS = {"time", "level", "message", "request_id", "method", "route", "status", "bytes", "duration_ms"}
 
 
 def test_members_of_a_request_line(database) -> None:
@@ -22,7 +27,7 @@ def test_members_of_a_request_line(database) -> None:
         service.get("/api/v1/nickname/nobody", database.token)
         service.get("/api/v1/id/1", "wrong")
         lines = [service.wait_for("request") for _ in range(3)]
-    found, refused, missing = sorted(lines, key=lambda line: line["status"])  # each worker writes its own
+    found, refused, missing = sorted(lines, key=lambda line: line["status"])
     assert set(found) == MEMBERS | {"client", "couchbase_ms", "trace_id"}
     assert found["trace_id"] == TRACEPARENT.split("-")[1]
     assert datetime.datetime.fromisoformat(found["time"]).utcoffset() == datetime.timedelta(0)
@@ -101,25 +106,56 @@ def test_client_is_the_last_forwarded_by_a_trusted_proxy(database, trusted: str,
         assert service.wait_for("request")["client"] == client
 
 
-def test_a_log_that_nobody_reads_stops_nobody(database) -> None:
-    """With the pipe full, lines are dropped and counted; requests are answered as ever."""
-    reading, writing = os.pipe()
-    environment = ServiceProcess(settings_for(database)).environment
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "micro_svc_demo.py")], env=environment, stdout=writing, stdin=subprocess.DEVNULL
-    )
+@contextlib.contextmanager
+def writing_to(output: int | None, database, port: int = 0) -> Iterator[ServiceProcess]:
+    """Run a service whose standard output is a descriptor, or closed; it ends in good time in any case."""
+    service = ServiceProcess(settings_for(database) | {"SERVICE_PORT": str(port)})
+    command = [sys.executable, *service.command]
+    if output is None:
+        command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    service.process = subprocess.Popen(command, env=service.environment, cwd=ROOT, stdout=output)
     try:
+        yield service
+        service.process.terminate()
+        assert service.process.wait(10) == 0
+    finally:
+        service.process.kill()
+        service.process.wait(10)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_a_log_that_nobody_reads_stops_nobody(database, kind: str) -> None:
+    """Lines are dropped and counted; requests are answered as ever."""
+    reading, writing = os.pipe() if kind == "pipe" else (each.detach() for each in socket.socketpair())
+    with writing_to(writing, database) as service:
         listening = json.loads(os.read(reading, 4096).partition(b"\n")[0])
-        service = ServiceProcess(settings_for(database))
-        service.process, service.port, service.metrics_port = process, listening["port"], listening["metrics_port"]
+        service.port, service.metrics_port = listening["port"], listening["metrics_port"]
         service.wait_until_ready()
-        for _ in range(600):  # some 170 kB of lines; a pipe holds 64 KiB
-            assert service.get("/api/v1/id/1", database.token).status == 200
+        with Conversation(service.port) as client:
+            for _ in range(100):  # 300 bytes a line: a million more than the bound
+                client.send(request("/api/v1/id/1", "wrong", f"X-Request-ID: {'x' * 64}") * 100)
+                assert {client.answer().status for _ in range(100)} == {401}
+        assert service.get("/api/v1/id/1", database.token).status == 200
         metrics = service.get("/metrics", port=service.metrics_port).body.decode()
         [dropped] = [line for line in metrics.splitlines() if line.startswith("log_lines_dropped_total ")]
-        assert float(dropped.split()[1]) > 100
-    finally:
-        process.terminate()
-        assert process.wait(20) == 0
-        os.close(reading)
-        os.close(writing)
+        assert 100 < float(dropped.split()[1]) < 5000
+    os.close(reading)
+    os.close(writing)
+
+
+def test_without_any_output_requests_are_answered_as_ever(database) -> None:
+    """No line gets into an answer, either: a socket may have the number that the standard output had."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def listens() -> bool:
+        with socket.socket() as stream:
+            return stream.connect_ex(("127.0.0.1", port)) == 0
+
+    with writing_to(None, database, port) as service:
+        wait_until(listens, 20, "it listens")
+        service.port = port
+        service.wait_until_ready()
+        with Conversation(port) as client:
+            for _ in range(3):
+                assert client.ask(request("/api/v1/id/1", database.token)).status == 200

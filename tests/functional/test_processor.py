@@ -5,14 +5,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import micro_svc_demo
-from tests.service import ROOT, ServiceProcess, settings_for
+from tests.service import ServiceProcess, settings_for
 
 ALL = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 MOVE_SECONDS = 60.0
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(len(ALL) < 2, reason="needs Linux and two proces
 def processors(pid: int) -> set[frozenset[int]]:
     """Return the sets of processors that a process's threads may use."""
     threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
-    assert len(threads) > 8  # the workers and the SDK's threads are there
+    assert len(threads) > 4  # the event loop's, the log's, those that fetch, and the SDK's are there
     return {frozenset(os.sched_getaffinity(thread)) for thread in threads}
 
 
@@ -92,68 +92,8 @@ def test_all_threads_are_on_one_processor_and_leave_it_when_it_is_crowded(databa
         assert service.get("/api/v1/id/1", database.token).status == 200
 
 
-def test_the_processes_of_a_service_begin_on_different_processors(database) -> None:
-    with ServiceProcess(settings_for(database) | {"WORKERS": "2", "LOG_LEVEL": "debug"}) as service:
-        for _ in range(2):
-            service.wait_for("ready")
-        chosen = {line["processor"] for line in service.lines if line["message"] == "keeps to one processor"}
-        children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
-        assert [len(processors(int(child))) for child in children] == [1, 1]
-    assert len(chosen) == 2 and chosen <= ALL
-
-
 def test_off_leaves_it_to_the_kernel(database) -> None:
     with ServiceProcess(settings_for(database), "--cpu-affinity", "off") as service:
         assert processors(service.process.pid) == {frozenset(ALL)}
         assert policies(service.process.pid) == {os.SCHED_OTHER}
         assert heaps(service.process.pid) > 0
-
-
-def test_way_is_given_only_where_nobody_else_would_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a processor that another process wants too, who yields waits for that one's turn to end."""
-    yields = []
-    monkeypatch.setattr(os, "sched_yield", lambda: yields.append(1))
-    before, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)
-    try:
-        processor = micro_svc_demo.Processor(0)
-        processor.look_seconds = 0.2
-        processor.crowded = False
-        processor.give_way()
-        assert yields == [1]
-        with ExitStack() as crowds:
-            for number in ALL:  # wherever it moves to
-                crowds.enter_context(crowd(number))
-            deadline = time.monotonic() + 30
-            while not processor.crowded:
-                processor.keep()
-                assert time.monotonic() < deadline
-            processor.give_way()
-    finally:
-        os.sched_setscheduler(0, policy, os.sched_param(0))
-        for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), before)
-    assert yields == [1]
-
-
-def test_memory_that_lies_free_goes_back() -> None:
-    """Of a heap whose last block is in use the kernel gets nothing back by itself."""
-    code = """
-import os
-import micro_svc_demo
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-processor = micro_svc_demo.Processor(0)
-processor.look_seconds = processor.trim_seconds = 0
-blocks = [b"x" * 20_000 for _ in range(4_000)]
-last = blocks[-1]
-full = resident()
-del blocks
-freed = resident()
-processor.keep()
-print(full, freed, resident())
-"""
-    command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    full, freed, trimmed = map(int, ended.stdout.split())
-    assert full - freed < 10_000_000
-    assert freed - trimmed > 60_000_000

@@ -14,7 +14,7 @@ from typing import Any
 
 from micro_svc_demo import SettingsError
 from tests.load import bench, bench_capacity, bench_charts, bench_report, bench_tools
-from tests.load.bench_plan import GROWTH_SERVICES, NAMES, OURS, QUICK, TITLES
+from tests.load.bench_plan import IN_PRODUCTION, NAMES, OURS, QUICK, TITLES
 from tests.load.bench_processes import RunError
 from tests.sample_data import OneLineParser, whole_number
 
@@ -110,7 +110,7 @@ def choices_from(flags: OneLineParser, given: argparse.Namespace) -> tuple[list[
             "a part of a run, or one on a cluster, needs --output DIR: results would replace those of a whole run"
         )
     preset = FULL if given.full else QUICK_RUN if given.quick else DEFAULT
-    services = given.services or (GROWTH_SERVICES if given.quick else tuple(TITLES))
+    services = given.services or (IN_PRODUCTION if given.quick else tuple(TITLES))
     choices = bench.Choices(
         services=services,
         only=given.only or (QUICK if given.quick else ()),

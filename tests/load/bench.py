@@ -92,7 +92,7 @@ class Run:
     def _reference(self, backend: Backend) -> list[Answer]:
         """Return our service's answers, which every other's are compared with."""
         with self._service(Setup(OURS, False), backend) as service:
-            return bench_check.answers(service.port, backend)
+            return bench_check.answers(service.ports[0], backend)
 
     def _service(self, setup: Setup, backend: Backend) -> Service:
         settings = backend.settings if setup.service == OURS else backend.peer_settings
@@ -104,7 +104,7 @@ class Run:
         Raises:
             RunError: it does.
         """
-        wrong = bench_check.differences(service.port, backend, reference)
+        wrong = bench_check.differences(service.ports[0], backend, reference)
         if wrong:
             self._rejected.add(setup.service)
             raise RunError(f"it answers otherwise than {bench_plan.TITLES[OURS]}, so it is not measured: {wrong[0]}")
@@ -115,7 +115,7 @@ class Run:
         """Warm a service up, and yield the figures of each scenario; `number` is the round's."""
         if self.choices.warm_up_seconds:
             seconds = self.choices.warm_up_seconds
-            run_wrk(self.tools, service.port, Load(WARM_UP, backend.targets["ids"], backend.token, seconds, number))
+            run_wrk(self.tools, service.ports, Load(WARM_UP, backend.targets["ids"], backend.token, seconds, number))
         for scenario in scenarios:
             targets, seed = backend.targets[scenario.targets], 1 + number * 1000
             load = Load(scenario, targets, backend.token, self.choices.seconds, seed)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from micro_svc_demo import ProfileServer
+from micro_svc_demo import Loader
 from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, TITLES
 from tests.load.bench_report import Part, Results, circumstances, number
 
@@ -121,7 +121,7 @@ def _saturation(results: Results, ours: Cost) -> list[str]:
     pods, nodes = ours.pods(rate), nodes_for(rate, ours.size)
     most_pods = NODE_CONNECTIONS // CONNECTIONS_PER_PROCESS
     low, high = VBUCKETS // nodes, math.ceil(VBUCKETS / nodes)
-    batch = ProfileServer.batch_size
+    batch = Loader.batch_size
     return [
         "## What saturates first",
         "",

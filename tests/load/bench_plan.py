@@ -14,8 +14,8 @@ TITLES = {
 SDK_CEILING = "plain gets, 8 threads"
 SDK_ON_ONE_PROCESSOR = "plain gets, 8 threads on one processor"
 """Loops of the SDK alone that others are compared with."""
-ABLE_TO_FORK = (OURS, EXPRESS, FASTAPI)
-"""Those that can run as several processes."""
+IN_PRODUCTION = (OURS, EXPRESS, FASTAPI)
+"""Those that one would run for real, and in several processes."""
 DOCUMENTS = 1000
 PICTURES = 1000  # of 20 kB: a quarter more than the service keeps decoded
 PICTURE_BYTES = 20_000
@@ -28,7 +28,7 @@ class Setup:
     Attributes:
         service: one of `TITLES`.
         access_log: whether it writes a line a request.
-        processes: how many.
+        processes: how many: of ours each a service of its own, of the others workers of one.
         document_workers, batch_size: of our service only; None for its own defaults.
         other_affinity: our service wherever the kernel puts its threads, another kept to one processor as ours keeps
             itself.
@@ -114,7 +114,6 @@ GRID = [(workers, size) for workers in (1, 2, 3, 4) for size in (16, 32, 64, 128
 GRID_SCENARIOS = [by_id(connections, latency_ms) for latency_ms in (0, 1, 5) for connections in (32, 256)]
 GROWTH_CONNECTIONS = (10, 32, 100, 320, 1000, 2000, 5000)
 GROWTH_DOCUMENTS = (1_000, 10_000, 100_000, 1_000_000)
-GROWTH_SERVICES = (OURS, EXPRESS, FASTAPI)
 
 
 Lives = list[tuple[Setup, list[Scenario]]]
@@ -132,7 +131,7 @@ def services_plan(services: tuple[str, ...], only: tuple[str, ...]) -> Lives:
     for service in services:
         log = service == OURS
         lives.append((Setup(service, log), SCENARIOS))
-        if service in ABLE_TO_FORK:
+        if service in IN_PRODUCTION:
             lives.append((Setup(service, log, processes=2), TWO_PROCESSES))
             lives.append((Setup(service, not log), OTHER_LOG))
             lives.append((Setup(service, log, other_affinity=True), OTHER_AFFINITY))
@@ -147,11 +146,11 @@ def grid_plan() -> Lives:
 
 def growth_plan(services: tuple[str, ...]) -> Lives:
     """Return the lives for more and more connections."""
-    chosen = [service for service in GROWTH_SERVICES if service in services]
+    chosen = [service for service in IN_PRODUCTION if service in services]
     return [(Setup(service, service == OURS), list(map(by_id, GROWTH_CONNECTIONS))) for service in chosen]
 
 
 def documents_plan(services: tuple[str, ...]) -> Lives:
     """Return the lives for one size of the database."""
-    chosen = [service for service in GROWTH_SERVICES if service in services]
+    chosen = [service for service in IN_PRODUCTION if service in services]
     return [(Setup(service, service == OURS), [by_id(32)]) for service in chosen]

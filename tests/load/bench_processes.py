@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, THREADING, Scenario, Setup
 from tests.load.bench_tools import PEERS, Tools
@@ -68,50 +68,43 @@ class Service:
     """A context manager around one life of a service: ready at the beginning of the block, gone at its end.
 
     Attributes:
-        port: where it listens.
-        startup_ms: from its start to its first answer with a profile.
+        ports: where each of its processes listens: every one of ours on its own port, all of another's on the same.
+        startup_ms: from its start to the first answer with a profile on each port.
     """
 
     def __init__(self, setup: Setup, tools: Tools, settings: dict[str, str], token: str) -> None:
         """Prepare; `settings` are the COUCHBASE_* variables."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("COUCHBASE", "SERVICE_"))}
-        self.port = free_port()
+        count = setup.processes
+        self.ports = [free_port() for _ in range(count)] if setup.service == OURS else [free_port()] * count
         self.startup_ms = 0.0
         self._token = token
-        self._command = command_for(setup, tools, self.port)
+        self._commands = {port: command_for(setup, tools, port) for port in self.ports}
         self._kept = setup.other_affinity and setup.service != OURS
         self._environment = kept | settings
+        self._environment |= {"WORKERS": str(setup.processes)} if setup.service == EXPRESS else {}
         self._environment |= {
-            "SERVICE_PORT": str(self.port),
             "METRICS_PORT": "0",
-            "WORKERS": str(setup.processes),
             "ACCESS_LOG": str(setup.access_log).lower(),
             "CPU_AFFINITY": "off" if setup.other_affinity else "auto",
             "NODE_ENV": "production",
         }
         # A file rather than a pipe: nobody has to read along, which would cost the processor that is measured.
-        self._log = tempfile.TemporaryFile(mode="ab+")  # noqa: SIM115  # open as long as the process is
+        self._log = tempfile.TemporaryFile(mode="ab+")  # noqa: SIM115  # open as long as the processes are
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
-        """Start it and wait for its first profile.
+        """Start it and wait for its first profiles.
 
         Raises:
             RunError: it ended, or did not become ready in time.
         """
         started = time.monotonic()
-        self._process = subprocess.Popen(  # noqa: S603  # this Python, Node.js or an installed uvicorn
-            self._command,
-            cwd=ROOT,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=keep_to_one_processor if self._kept else None,  # noqa: PLW1509  # this process has one thread
-        )
         try:
-            while not self._answers():
-                if self._process.poll() is not None:
+            for port, command in self._commands.items():
+                self._start(port, command)
+            while not all(map(self._answers, self._commands)):
+                if any(process.poll() is not None for process in self._started):
                     raise RunError(f"it ended at once: {self.last_words()}")
                 if time.monotonic() - started > START_SECONDS:
                     raise RunError(f"it was not ready within {START_SECONDS:.0f} s: {self.last_words()}")
@@ -128,24 +121,35 @@ class Service:
         """Stop it."""
         self._end()
 
-    def _answers(self) -> bool:
+    def _start(self, port: int, command: list[str]) -> None:
+        process = subprocess.Popen(  # noqa: S603  # this Python, Node.js or an installed uvicorn
+            command,
+            cwd=ROOT,
+            env=self._environment | {"SERVICE_PORT": str(port)},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=keep_to_one_processor if self._kept else None,  # noqa: PLW1509  # this process has one thread
+        )
+        self._started.append(process)
+
+    def _answers(self, port: int) -> bool:
+        headers = {"Authorization": f"Bearer {self._token}"}
         try:
-            return (
-                ask(
-                    self.port, "/api/v1/id/1", {"Authorization": f"Bearer {self._token}"}, seconds=REQUEST_SECONDS
-                ).status
-                == http.HTTPStatus.OK
-            )
+            return ask(port, "/api/v1/id/1", headers, seconds=REQUEST_SECONDS).status == http.HTTPStatus.OK
         except (OSError, http.client.HTTPException):
             return False
 
     def _end(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):  # the group: its own processes that are left, and nobody else's
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(STOP_SECONDS)
+        for process in self._started:
+            process.send_signal(signal.SIGTERM)
+        for process in self._started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            with contextlib.suppress(ProcessLookupError):  # the group: its own processes that are left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(STOP_SECONDS)
         self._log.close()
 
     def last_words(self) -> str:
@@ -160,8 +164,8 @@ class Service:
         self._log.truncate(0)
 
     def processes(self) -> list[int]:
-        """Return its processes: the one that was started and all that descend from it."""
-        found, new = [], [self._process.pid]
+        """Return its processes: those that were started and all that descend from them."""
+        found, new = [], [process.pid for process in self._started]
         while new:
             pid = new.pop()
             found.append(pid)
@@ -198,38 +202,62 @@ class Load:
     seed: int
 
 
-def run_wrk(tools: Tools, port: int, load: Load) -> dict[str, Any]:
-    """Put load on a service; return what wrk counted.
+def run_wrk(tools: Tools, ports: list[int], load: Load) -> dict[str, int]:
+    """Put load on a service, by a wrk for each of its processes, all at once; return what they counted.
 
     Raises:
         RunError: wrk failed.
     """
+    with contextlib.ExitStack() as stack:
+        running = []
+        for number, port in enumerate(ports):
+            running.append(stack.enter_context(_start_wrk(tools, port, load, len(ports), number)))
+            stack.callback(running[-1].kill)  # nothing happens where it has ended
+        return combined([_counted(each, load.seconds) for each in running])
+
+
+def _start_wrk(tools: Tools, port: int, load: Load, share: int, number: int) -> "subprocess.Popen[str]":
+    """Start the wrk of this number, with its share of the connections and a seed of its own."""
     scenario = load.scenario
     environment = os.environ | {
         "LOAD_HOST": "127.0.0.1",
         "LOAD_TARGETS": str(load.targets),
         "LOAD_TOKEN": load.token if scenario.right_token else "wrong",
-        "LOAD_SEED": str(load.seed),
+        "LOAD_SEED": str(load.seed + number),
         "LOAD_CLOSE": str(scenario.new_connections).lower(),
     }
-    flags = f"-t1 -c{scenario.connections} -d{load.seconds}s --timeout {WRK_TIMEOUT_SECONDS}s -s tests/load/wrk.lua"
+    connections = scenario.connections // share
+    flags = f"-t1 -c{connections} -d{load.seconds}s --timeout {WRK_TIMEOUT_SECONDS}s -s tests/load/wrk.lua"
+    return subprocess.Popen(  # noqa: S603  # wrk, with flags of numbers
+        [tools.wrk, *flags.split(), f"http://127.0.0.1:{port}"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _counted(wrk: "subprocess.Popen[str]", seconds: int) -> dict[str, int]:
+    """Wait for a wrk and return what it counted.
+
+    Raises:
+        RunError: it failed.
+    """
     try:
-        done = subprocess.run(  # noqa: S603  # wrk, with flags of numbers
-            [tools.wrk, *flags.split(), f"http://127.0.0.1:{port}"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=load.seconds + WRK_GRACE_SECONDS,
-            check=False,
-        )
+        output, errors = wrk.communicate(timeout=seconds + WRK_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         raise RunError("wrk did not end") from None
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        raise RunError(f"wrk failed: {(done.stderr or done.stdout).strip()[-300:]}")
-    counted: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
+    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    if wrk.returncode or not lines:
+        raise RunError(f"wrk failed: {(errors or output).strip()[-300:]}")
+    counted: dict[str, int] = json.loads(lines[-1].removeprefix("RESULT "))
     return counted
+
+
+def combined(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Return what several wrk counted at the same time as if it were one: sums, but the largest of the times."""
+    return {name: (max if name.endswith("_us") else sum)(each[name] for each in counts) for name in counts[0]}
 
 
 class Clocks(NamedTuple):
@@ -262,7 +290,7 @@ def measure(service: Service, tools: Tools, load: Load, database_pid: int | None
     used: the machine was not quiet if it is much.
     """
     before = Clocks.read(service, database_pid)
-    counted = run_wrk(tools, service.port, load)
+    counted = run_wrk(tools, service.ports, load)
     used = Clocks(*(after - begun for after, begun in zip(Clocks.read(service, database_pid), before, strict=True)))
     requests, seconds = counted["requests"], counted["duration_us"] / 1e6
     errors = counted["error_statuses"]

@@ -324,7 +324,9 @@ LEGEND = (
     "micro_svc_demo runs with everything on: access log, metrics, strict parsing. The others write no log. A process "
     "of micro_svc_demo keeps to one processor, by default; the others run as they come. One scenario has the "
     "logs the other way round, another the processors. CPU is the processor time of the service's own processes by "
-    "request, MB their resident memory at that point; failures are of the worst round."
+    "request, MB their resident memory at that point; failures are of the worst round. Two processes of micro_svc_demo "
+    "are two services, each on a port of its own, those of the others two workers on one port. Two wrk load them at "
+    "once, each with half of the connections: their figures are added up, and of each percentile the larger one counts."
 )
 
 

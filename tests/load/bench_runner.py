@@ -8,8 +8,8 @@ import sys
 import micro_svc_demo
 
 if __name__ == "__main__":
-    for name, value in zip(("document_workers", "batch_size"), sys.argv[1:3], strict=True):
-        if not hasattr(micro_svc_demo.ProfileServer, name):
-            sys.exit(f"ProfileServer has no {name} to be set")
-        setattr(micro_svc_demo.ProfileServer, name, int(value))
+    for name, value in zip(("threads", "batch_size"), sys.argv[1:3], strict=True):
+        if not hasattr(micro_svc_demo.Loader, name):
+            sys.exit(f"Loader has no {name} to be set")
+        setattr(micro_svc_demo.Loader, name, int(value))
     sys.exit(micro_svc_demo.main(sys.argv[3:]))

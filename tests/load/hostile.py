@@ -1,8 +1,8 @@
 """What hostile and many clients do to the service: ``python -m tests.load.hostile`` prints a table of measurements.
 
 Starts the emulator and the service, surrounds one good client with idle, half-sent and never-reading ones, counts what
-5,000 idle connections cost, stops the service under load and replaces it under load, again and again. Each row has its
-bound; the exit code is 1 if one is missed. Needs Linux, for ``/proc``.
+5,000 idle connections cost, and stops the service under load, again and again. Each row has its bound; the exit code is
+1 if one is missed. Needs Linux, for ``/proc``.
 
 The good client is measured alone and beside the others in turns, close together in time, and the median of the turns'
 ratios counts: what else the machine does at the moment falls on both sides of a turn.
@@ -211,28 +211,24 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, bool]:
     return int(lines[0].split(" ")[1]), fields.get("connection") == "close"
 
 
-async def keep_asking(port: int, first: int, tally: Tally, end: asyncio.Event, *, until_gone: bool) -> None:
-    """Ask for profiles on kept connections, one request after the other, until `end` is set.
+async def keep_asking(port: int, first: int, tally: Tally) -> None:
+    """Ask for profiles on kept connections, one request after the other, until a connection is refused.
 
     Args:
         port: where.
         first: id of the first profile.
         tally: where the outcome of each request goes.
-        end: set when enough was asked.
-        until_gone: whether a refused connection is the end as well; else it counts as a loss.
     """
     number = first
-    while not end.is_set():
+    while True:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError as error:
-            if not until_gone:
-                tally.lost[f"connecting: {type(error).__name__}"] += 1
+        except OSError:
             return
         asked = 0
         try:
             closes = False
-            while not closes and not end.is_set():
+            while not closes:
                 writer.write(request(f"/api/v1/id/{1 + number % PROFILES}", TOKEN))
                 status, closes = await asyncio.wait_for(_answer(reader), REPLY_SECONDS)
                 number, asked = number + 1, asked + 1
@@ -248,21 +244,12 @@ async def keep_asking(port: int, first: int, tally: Tally, end: asyncio.Event, *
             writer.close()
 
 
-async def _under_load(port: int, replace: Callable[[], None], *, until_gone: bool) -> Tally:
-    """Run `replace` in a thread while many clients ask; return what they saw."""
-    tally, end = Tally(), asyncio.Event()
-    tasks = [
-        asyncio.create_task(keep_asking(port, client * 17, tally, end, until_gone=until_gone))
-        for client in range(LOAD_CLIENTS)
-    ]
+async def _under_load(port: int, stop: Callable[[], None]) -> Tally:
+    """Run `stop` in a thread while many clients ask; return what they saw."""
+    tally = Tally()
+    tasks = [asyncio.create_task(keep_asking(port, client * 17, tally)) for client in range(LOAD_CLIENTS)]
     await asyncio.wait_for(tally.under_way.wait(), REPLY_SECONDS)
-    await asyncio.to_thread(replace)
-    if not until_gone:
-        tally.under_way.clear()
-        before, tally.answered = tally.answered, 0
-        await asyncio.wait_for(tally.under_way.wait(), REPLY_SECONDS)  # all by the new process
-        tally.answered += before
-        end.set()
+    await asyncio.to_thread(stop)
     await asyncio.wait_for(asyncio.gather(*tasks), REPLY_SECONDS)
     return tally
 
@@ -279,60 +266,27 @@ def stop_under_load(settings: dict[str, str]) -> Tally:
 
     service = ServiceProcess(settings, "--access-log", "false").__enter__()
     try:
-        return asyncio.run(_under_load(service.port, stop, until_gone=True))
+        return asyncio.run(_under_load(service.port, stop))
     finally:
         service.stop()
 
 
-def replace_under_load(settings: dict[str, str], old: ServiceProcess) -> tuple[Tally, ServiceProcess]:
-    """Start a new process on the old one's port, then stop the old one; return what the clients saw, and the new one.
-
-    The clients ask while one takes the other's place. They begin before the new one listens.
-
-    Raises:
-        AssertionError: the old one did not end with exit code 0.
-    """
-    new = ServiceProcess(settings | {"SERVICE_PORT": str(old.port)}, "--access-log", "false")
-
-    def replace() -> None:
-        new.start()
-        new.wait_for("ready")  # its own: the port is shared, so that asking would not tell which of the two answers
-        assert old.stop() == 0, old.raw_lines[-3:]
-
-    return asyncio.run(_under_load(old.port, replace, until_gone=False)), new
-
-
-def _stop_row(what: str, tallies: list[Tally]) -> Row:
-    """Sum up the runs."""
+def stop_row(settings: dict[str, str], scale: Scale) -> Row:
+    """Stop the service again and again."""
+    tallies = []
+    for run in range(scale.stops):
+        progress(f"SIGTERM under load: run {run + 1} of {scale.stops}")
+        tallies.append(stop_under_load(settings))
     lost = sum((tally.lost for tally in tallies), Counter[str]())
     good = sum(not tally.lost for tally in tallies)
     answered = sum(tally.answered for tally in tallies)
     details = f", lost: {', '.join(f'{count} × {why}' for why, count in lost.items())}" if lost else ""
     return Row(
-        what,
+        f"SIGTERM beside {LOAD_CLIENTS} keep-alive clients",
         f"no request lost, {len(tallies)} runs of {len(tallies)}",
         f"{good} of {len(tallies)} ({answered:,} requests answered, {lost.total()} lost{details})",
         good == len(tallies),
     )
-
-
-def stop_rows(settings: dict[str, str], scale: Scale) -> Iterator[Row]:
-    """Stop the service, and replace it, again and again."""
-    tallies = []
-    for run in range(scale.stops):
-        progress(f"SIGTERM under load: run {run + 1} of {scale.stops}")
-        tallies.append(stop_under_load(settings))
-    yield _stop_row(f"SIGTERM beside {LOAD_CLIENTS} keep-alive clients", tallies)
-    tallies = []
-    current = ServiceProcess(settings, "--access-log", "false").__enter__()
-    try:
-        for run in range(scale.stops):
-            progress(f"rolling restart under load: run {run + 1} of {scale.stops}")
-            tally, current = replace_under_load(settings, current)
-            tallies.append(tally)
-    finally:
-        current.stop()
-    yield _stop_row(f"rolling restart beside {LOAD_CLIENTS} keep-alive clients", tallies)
 
 
 # ── The command ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -364,7 +318,7 @@ def measure(scale: Scale) -> Iterator[Row]:
         with ServiceProcess(settings, "--access-log", "false") as service:
             yield idle_memory_row(service, scale)
             yield from good_client_rows(service, scale)
-        yield from stop_rows(settings, scale)
+        yield stop_row(settings, scale)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

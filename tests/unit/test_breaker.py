@@ -1,9 +1,8 @@
-"""The circuit breaker: its transitions as a table, the bounds of its pauses, and many threads at once."""
+"""The circuit breaker: its transitions as a table, and the bounds of its pauses."""
 
 import itertools
 import random
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 
 import pytest
 
@@ -12,7 +11,7 @@ import micro_svc_demo as service
 CLOSED, HALF_OPEN, OPEN = service.Breaker.STATES
 THRESHOLD = service.Breaker.threshold
 
-FAIL, SUCCEED, TRIP, ALLOWED, REFUSED = "fail", "succeed", "trip", "allowed", "refused"
+FAIL, SUCCEED, ALLOWED, REFUSED = "fail", "succeed", "allowed", "refused"
 CHECKED, NOT_CHECKED = "may be checked", "may not be checked"
 OLD_FAIL, OLD_SUCCEED = "an earlier call fails", "an earlier call succeeds"  # made before the state changed last
 
@@ -121,14 +120,6 @@ TRANSITIONS: dict[str, list[tuple[float, str, str]]] = {
         (5.2, SUCCEED, CLOSED),
         (9.9, NOT_CHECKED, CLOSED),
     ],
-    "a node known to be down opens it at once": [(0.0, TRIP, OPEN), (0.9, REFUSED, OPEN), (1.0, ALLOWED, HALF_OPEN)],
-    "known to be down while open changes nothing": [*OPENED, (0.9, TRIP, OPEN), (1.0, ALLOWED, HALF_OPEN)],
-    "known to be down leaves a probe its chance": [
-        (0.0, TRIP, OPEN),
-        (1.0, ALLOWED, HALF_OPEN),
-        (1.1, TRIP, HALF_OPEN),
-    ],
-    "success after having been known to be down closes": [(0.0, TRIP, OPEN), (0.5, SUCCEED, CLOSED)],
 }
 
 
@@ -145,26 +136,30 @@ def run(breaker: service.Breaker, seconds: float, event: str) -> None:
         breaker.succeeded(seconds if event == SUCCEED else -1.0)
     elif event in {CHECKED, NOT_CHECKED}:
         assert breaker.may_be_checked(seconds) == (event == CHECKED)
-    elif event == TRIP:
-        breaker.trip(seconds)
     else:
         assert breaker.allow(seconds) == (event == ALLOWED)
+
+
+def opened(*jitter: Callable[[float, float], float]) -> service.Breaker:
+    """Return a breaker that has opened at 0."""
+    breaker = service.Breaker(lambda _: None, *jitter)
+    for _ in range(THRESHOLD):
+        breaker.failed(0.0, 0.0)
+    assert breaker.state == OPEN
+    return breaker
 
 
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_transitions(name: str) -> None:
     """Each event leads to the state that the table says, and the listener hears each change once."""
     changes: list[str] = []
-    expected: list[str] = []
     breaker = service.Breaker(changes.append, largest)
-    state = CLOSED
-    for number, (seconds, event, after) in enumerate(TRANSITIONS[name]):
+    for number, (seconds, event, after) in enumerate(rows := TRANSITIONS[name]):
         run(breaker, seconds, event)
         assert breaker.state == after, f"event {number}: {event} at {seconds}"
-        if after != state:
-            expected.append(after)
-        state = after
-    assert [change for number, change in enumerate(changes) if not number or changes[number - 1] != change] == expected
+    assert changes == [
+        after for before, after in itertools.pairwise([CLOSED, *(row[2] for row in rows)]) if before != after
+    ]
 
 
 def test_the_listener_hears_a_state_when_it_is_there() -> None:
@@ -181,10 +176,7 @@ def test_jitter_shortens_each_pause_by_a_fifth_at_most() -> None:
     for pause, failed_probes in ((1.0, 0), (2.0, 1), (4.0, 2), (8.0, 3), (15.0, 4), (15.0, 9)):
         allowed_at = set()
         for seed in range(50):
-            breaker = service.Breaker(lambda _: None, random.Random(seed).uniform)
-            for _ in range(THRESHOLD):
-                breaker.failed(0.0, 0.0)
-            now = 0.0
+            breaker, now = opened(random.Random(seed).uniform), 0.0
             for _ in range(failed_probes):
                 now += 100.0
                 assert breaker.allow(now)
@@ -200,8 +192,7 @@ def test_real_breakers_of_replicas_do_not_probe_in_step() -> None:
     """Without a jitter of its own each breaker draws another pause."""
     moments = set()
     for _ in range(20):
-        breaker = service.Breaker(lambda _: None)
-        breaker.trip(0.0)
+        breaker = opened()
         moments.add(next(step for step in range(1001) if breaker.allow(step / 1000)))
     assert len(moments) > 10
     assert min(moments) >= 800
@@ -209,16 +200,12 @@ def test_real_breakers_of_replicas_do_not_probe_in_step() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3, 0.99, 1.0, 5.0])
 def test_retry_after_is_a_whole_second_at_least(seconds: float) -> None:
-    breaker = service.Breaker(lambda _: None, largest)
-    breaker.trip(0.0)
-    assert breaker.retry_after_seconds(seconds) == 1
+    assert opened(largest).retry_after_seconds(seconds) == 1
 
 
 def test_retry_after_follows_the_pause() -> None:
     """It never says more than the longest pause, and while a probe is under way not more than is worth waiting."""
-    breaker = service.Breaker(lambda _: None, largest)
-    breaker.trip(0.0)
-    now = 0.0
+    breaker, now = opened(largest), 0.0
     for before, pause in itertools.pairwise((1, 2, 4, 8, 15, 15)):
         now += 100.0
         assert breaker.allow(now)
@@ -226,58 +213,3 @@ def test_retry_after_follows_the_pause() -> None:
         breaker.failed(now, now)
         assert breaker.retry_after_seconds(now) == pause
         assert breaker.retry_after_seconds(now + pause - 0.5) == 1
-
-
-def test_of_many_threads_exactly_one_probes() -> None:
-    """However many ask at the moment that the pause ends; again and again."""
-    threads, rounds = 16, 200
-    breaker = service.Breaker(lambda _: None, largest)
-    breaker.trip(0.0)
-    together = threading.Barrier(threads)
-
-    def ask(now: float) -> bool:
-        together.wait(10)
-        return breaker.allow(now)
-
-    with ThreadPoolExecutor(threads) as pool:
-        now = 0.0
-        for _ in range(rounds):
-            now += 100.0
-            assert sum(pool.map(ask, [now] * threads)) == 1
-            assert breaker.state == HALF_OPEN
-            breaker.failed(now, now)
-
-
-def test_of_many_failures_at_once_one_opens_it() -> None:
-    """The listener hears of it once, and the pause is the first one."""
-    threads = 16
-    changes: list[str] = []
-    breaker = service.Breaker(changes.append, largest)
-    together = threading.Barrier(threads)
-
-    def fail(_: int) -> None:
-        together.wait(10)
-        breaker.failed(0.0, 0.0)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fail, range(threads)))
-    assert changes == [OPEN]
-    assert not breaker.allow(0.99)
-    assert breaker.allow(1.0)
-
-
-def test_of_many_successes_at_once_one_closes_it() -> None:
-    threads = 16
-    changes: list[str] = []
-    breaker = service.Breaker(changes.append, largest)
-    breaker.trip(0.0)
-    assert breaker.allow(1.0)
-    together = threading.Barrier(threads)
-
-    def succeed(_: int) -> None:
-        together.wait(10)
-        breaker.succeeded(1.0)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(succeed, range(threads)))
-    assert changes == [OPEN, HALF_OPEN, CLOSED]

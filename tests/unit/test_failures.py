@@ -1,10 +1,12 @@
 """The failure map: what each exception of the SDK means to the caller, and what the operator reads about it."""
 
+import asyncio
 import inspect
 import json
-import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from couchbase import exceptions as cb
@@ -119,7 +121,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "range scans": ("RangeScanCompletedException",),
     "the SDK's data structures": ("QueueEmpty",),
     "a result that is iterated twice": ("AlreadyQueriedException",),
-    "sub-document operations, of which `read_token` does the only one and knows their failures": (
+    "sub-document operations, of which `fetch_token` does the only one and knows their failures": (
         "DocumentNotJsonException",
         "PathExistsException",
         "PathInvalidException",
@@ -176,32 +178,33 @@ def test_no_row_is_out_of_reach() -> None:
 
 
 @pytest.fixture
-def read_log() -> Iterator[tuple[service.Log, Callable[[], list[dict[str, Any]]]]]:
-    """A log, and a function that returns its lines."""
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-
-    def lines() -> list[dict[str, Any]]:
-        try:
-            text = os.read(reading, 1 << 16).decode()
-        except BlockingIOError:
-            text = ""
-        return [json.loads(line) for line in text.splitlines()]
-
-    yield service.Log("debug", descriptor=writing), lines
-    os.close(reading)
-    os.close(writing)
+def log(tmp_path) -> Iterator[service.Log]:
+    """A log that goes into a file."""
+    with (tmp_path / "log").open("wb") as file:
+        log = service.Log("debug", descriptor=file.fileno())
+        yield log
+        log.close()
 
 
 @pytest.fixture
-def store(read_log) -> service.ProfileStore:
+def logged(log: service.Log, tmp_path) -> Callable[[], list[dict[str, Any]]]:
+    """Close the log, and return its lines."""
+
+    def lines() -> list[dict[str, Any]]:
+        log.close()
+        return [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+
+    return lines
+
+
+@pytest.fixture
+def store(settings: service.Settings, log: service.Log) -> service.ProfileStore:
     """A store that is connected to nothing."""
-    environment = {"COUCHBASE_HOST": "db", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"}
-    return service.ProfileStore(service.read_settings([], environment), read_log[0], service.Metrics(1))
+    return service.ProfileStore(settings, log, service.Metrics())
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_the_problem_of_each(store: service.ProfileStore, read_log, name: str) -> None:
+def test_the_problem_of_each(store: service.ProfileStore, logged, name: str) -> None:
     """The caller learns the status and nothing of the insides; the log has one line, but for a document that is not."""
     status, _ = EXPECTED[name]
     problem = store.problem(getattr(cb, name)(), "get")
@@ -210,7 +213,7 @@ def test_the_problem_of_each(store: service.ProfileStore, read_log, name: str) -
     body = json.loads(problem.document("an-id"))
     assert body["status"] == status
     assert "Exception" not in body["detail"]
-    lines = read_log[1]()
+    lines = logged()
     if status == 404:
         assert lines == []
         return
@@ -245,16 +248,16 @@ def code(number: int) -> Exception:
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_the_operator_is_told_what_to_do(store: service.ProfileStore, read_log, error: Exception, advice: str) -> None:
+def test_the_operator_is_told_what_to_do(store: service.ProfileStore, logged, error: Exception, advice: str) -> None:
     store.problem(error, "query")
-    [line] = read_log[1]()
+    [line] = logged()
     assert advice in line["advice"]
     assert line["level"] == "error"
 
 
-def test_the_advice_for_a_missing_index_are_statements_for_both(store: service.ProfileStore, read_log) -> None:
+def test_the_advice_for_a_missing_index_are_statements_for_both(store: service.ProfileStore, logged) -> None:
     store.problem(cb.QueryIndexNotFoundException(), "query")
-    [line] = read_log[1]()
+    [line] = logged()
     assert line["advice"].count("CREATE INDEX") == 2
     assert "nickname" in line["advice"] and "user_id" in line["advice"]
 
@@ -283,15 +286,15 @@ class UnspeakableError(Exception):
         raise RuntimeError("no text")
 
 
-def test_an_exception_whose_text_raises_does_not_hurt(store: service.ProfileStore, read_log) -> None:
+def test_an_exception_whose_text_raises_does_not_hurt(store: service.ProfileStore, logged) -> None:
     """It has its status by its class, and its class is what the log says."""
     assert store.problem(Unspeakable(), "get").status == 504
     assert store.problem(UnspeakableError(), "get").status == 500
-    assert [line["error"] for line in read_log[1]()] == ["Unspeakable", "UnspeakableError"]
+    assert [line["error"] for line in logged()] == ["Unspeakable", "UnspeakableError"]
 
 
-def test_an_exception_whose_text_raises_is_answered_by_the_store(store: service.ProfileStore, read_log) -> None:
-    """Through `get`, `get_many` and `query`, as the SDK would raise it."""
+def test_an_exception_whose_text_raises_is_answered_by_the_store(store: service.ProfileStore, logged) -> None:
+    """A lone get, one of several, and a query, as the SDK would raise it."""
 
     class Failing:
         def __getattr__(self, _name: str) -> Callable[..., Any]:
@@ -300,43 +303,63 @@ def test_an_exception_whose_text_raises_is_answered_by_the_store(store: service.
 
             return fail
 
-    store._collections = {service.USERS: Failing()}
-    store._scope = Failing()
-    with pytest.raises(service.ProblemError) as got:
-        store.get(service.USERS, "user_data:1")
-    assert got.value.status == 504
-    many = store.get_many(service.USERS, ["user_data:1", "user_data:2"])
-    assert [problem.status for problem in many.values() if isinstance(problem, service.ProblemError)] == [504, 504]
-    with pytest.raises(service.ProblemError) as queried:
-        store.query(service.PROFILES_BY_NICKNAME, {})
-    assert queried.value.status == 504
-    assert {line["error"] for line in read_log[1]()} == {"Unspeakable"}
+    store.database._collections, store.database._scope = {service.USERS: Failing()}, Failing()
+
+    async def settle(*keys: str) -> list[int]:
+        operation, found = store.settle(store.database.fetch(service.USERS, list(keys), 0.0))
+        assert (operation.outcome, operation.size, found.keys()) == ("timeout", len(keys), set(keys))
+        return [problem.status for problem in found.values() if isinstance(problem, service.ProblemError)]
+
+    assert asyncio.run(settle("user_data:1")) == [504]
+    assert asyncio.run(settle("user_data:1", "user_data:2")) == [504, 504]
+    with pytest.raises(Unspeakable) as raised:
+        store.database.run_query(service.PROFILES_BY_NICKNAME, {})
+    answer = store.settle_query(raised.value, service.Operation("query", "", 0.0, 0.0, "timeout"))
+    assert isinstance(answer, service.ProblemError) and answer.status == 504
+    assert [line["error"] for line in logged() if line["message"] == "couchbase failure"] == ["Unspeakable"] * 4
 
 
-# ---- which node has which key ----
+def probed(store: service.ProfileStore, error: Exception, *, beside: bool = False) -> str:
+    """Have a half-open breaker's probe raise an error; return the breaker's state.
+
+    With `beside` an earlier call has been answered just before.
+    """
+    collection = Mock(get=Mock(side_effect=[Mock(value=b"{}", cas=1), error]))
+    store.database._collections = {service.USERS: collection}
+    breaker, before = store.health.breaker, time.monotonic() - 100.0
+    for _ in range(breaker.threshold):
+        breaker.failed(before, before)
+
+    async def probe() -> None:
+        earlier = store.database.fetch(service.USERS, ["user_data:2"], 0.0)
+        assert breaker.allow(time.monotonic())
+        if beside:
+            store.settle(earlier)
+        assert breaker.state == breaker.HALF_OPEN
+        store.settle(store.database.fetch(service.USERS, ["user_data:1"], 0.0))
+
+    asyncio.run(probe())
+    return breaker.state
 
 
-def config(owners: list[list[int]], nodes: int = 2) -> dict[str, Any]:
-    """Return a bucket's configuration, as far as it is read."""
-    return {"vBucketServerMap": {"serverList": [f"n{node}:11210" for node in range(nodes)], "vBucketMap": owners}}
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_a_probe_tells_the_breaker(store: service.ProfileStore, name: str) -> None:
+    """A failure that is the request's own is an answer: with nothing told, all would be refused for half a minute."""
+    expected = service.Breaker.OPEN if EXPECTED[name][1] == "outage" else service.Breaker.CLOSED
+    assert probed(store, getattr(cb, name)()) == expected
+
+
+def test_a_probe_that_fails_is_told_whatever_else_is_answered(store: service.ProfileStore) -> None:
+    assert probed(store, cb.UnAmbiguousTimeoutException(), beside=True) == service.Breaker.OPEN
+
+
+# ---- which vBucket has which key ----
 
 
 def test_keys_belong_to_the_vbucket_that_couchbase_says() -> None:
     """CRC-32 of the key, its upper half less the sign, modulo the number of vBuckets: as the server does it."""
-    every = service.parse_node_map(config([[vbucket] for vbucket in range(1024)], nodes=1024))
-    assert [every.node(key) for key in ("", "a", "user_data:1", "user_data:é")] == [0, 183, 664, 217]
+    assert [service.vbucket(key) for key in ("", "a", "user_data:1", "user_data:é")] == [0, 183, 664, 217]
 
 
-def test_replicas_are_seen_where_there_are_any() -> None:
-    assert not service.parse_node_map(config([[0], [1]])).replicas
-    assert not service.parse_node_map(config([[0, -1], [1, -1]])).replicas
-    assert service.parse_node_map(config([[0, 1], [1, -1]])).replicas
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [None, [], {}, {"vBucketServerMap": None}, {"vBucketServerMap": {}}, config([]), config([[]]), config([["x"]])],
-)
-def test_what_is_no_configuration_is_refused(wrong: Any) -> None:
-    with pytest.raises((KeyError, TypeError, ValueError, IndexError)):
-        service.parse_node_map(wrong)
+def test_there_is_a_key_to_probe_each_vbucket_with() -> None:
+    assert [service.vbucket(service.probe_keys()[number]) for number in range(1024)] == list(range(1024))

@@ -1,15 +1,17 @@
-"""The small pure parts: paging, percent-decoding, tokens, back-off, problems, tags, clock, log."""
+"""The small pure parts: paging, percent-decoding, tokens, back-off, problems, tags, dates; and the log."""
 
-import concurrent.futures
-import datetime
-import email.utils
+import contextlib
 import itertools
 import json
 import os
+import pty
 import random
+import socket
 import tempfile
-import threading
 import time
+import tty
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import micro_svc_demo as service
+from tests.chaos.clients import wait_until
 
 
 class TestPage:
@@ -29,7 +32,7 @@ class TestPage:
 
     @pytest.mark.parametrize("limit", ["1", "1000"])
     def test_bounds_are_allowed(self, limit: str) -> None:
-        assert service.parse_page(f"limit={limit}").limit == int(limit)
+        assert service.parse_page(f"limit={limit}") == (int(limit), 0)
 
     @pytest.mark.parametrize(
         "query",
@@ -60,7 +63,12 @@ class TestDecodeSegment:
             service.decode_segment(segment)
         assert raised.value.status == 400
 
-    @given(st.text(st.characters(min_codepoint=32, exclude_characters="\x7f", exclude_categories=["Cs"])))
+    def test_an_empty_one_belongs_to_no_route(self) -> None:
+        with pytest.raises(service.ProblemError) as raised:
+            service.decode_segment("")
+        assert raised.value.status == 404
+
+    @given(st.text(st.characters(min_codepoint=32, exclude_characters="\x7f", exclude_categories=["Cs"]), min_size=1))
     def test_quoting_and_decoding_round_trip(self, text: str) -> None:
         assert service.decode_segment(quote(text, safe="")) == text
 
@@ -68,13 +76,13 @@ class TestDecodeSegment:
 class TestTokens:
     def test_nothing_is_accepted_before_a_token_is_known(self) -> None:
         tokens = service.Tokens(30)
-        assert not tokens.known
+        assert tokens.current is None
         assert not tokens.accepts("", 0)
 
     def test_only_the_token_is_accepted(self) -> None:
         tokens = service.Tokens(30)
         assert tokens.adopt("secret", now=0)
-        assert tokens.known
+        assert tokens.current == b"secret"
         assert tokens.accepts("secret", 0)
         assert not any(tokens.accepts(wrong, 0) for wrong in ("", "secre", "secret ", "Secret", "sécret", "\u20ac"))
 
@@ -127,76 +135,132 @@ class TestTag:
         assert not service._names_tag(given_tags, '"1f"')
 
 
-class TestClock:
-    def test_texts_are_now(self) -> None:
-        clock = service.SecondClock()
-        parsed = email.utils.parsedate_to_datetime(clock.http_date())
-        assert abs(parsed.timestamp() - time.time()) < 2
-        stamp = datetime.datetime.fromisoformat(clock.rfc3339())
-        assert stamp.utcoffset() == datetime.timedelta(0)
-        assert abs(stamp.timestamp() - time.time()) < 1
+def test_date_of_an_answer() -> None:
+    assert service.http_date(784111777) == "Sun, 06 Nov 1994 08:49:37 GMT"
+
+
+def open_output(kind: str) -> tuple[int, int]:
+    """Return the descriptors to read from and to write to."""
+    if kind == "file":
+        with tempfile.NamedTemporaryFile() as file:
+            return os.open(file.name, os.O_RDONLY), os.open(file.name, os.O_WRONLY)
+    if kind == "socket":
+        reading, writing = (each.detach() for each in socket.socketpair())
+    elif kind == "pty":
+        reading, writing = pty.openpty()
+        tty.setraw(writing)
+    else:
+        reading, writing = os.pipe()
+        os.set_blocking(writing, kind == "pipe")
+    return reading, writing
+
+
+def read_lines(reading: int, until: bytes = b"no such text") -> list[dict[str, Any]]:
+    """Return the lines up to a text, or all."""
+    data = b""
+    with contextlib.suppress(OSError):  # which is how a pty ends
+        while until not in data and (more := os.read(reading, 65_536)):
+            data += more
+    return [json.loads(line) for line in data.decode().splitlines(keepends=True)]
+
+
+def answered(number: int) -> Any:
+    """Return as much of a handler as a line needs."""
+    handler = {"route": "/api/v1/id/{id}", "command": "GET", "status": 200, "response": b"", "seconds": 0.001}
+    handler |= {"client": "192.0.2.1", "operation": None, "headers": {}, "request_id": f"{number:09d}"}
+    return SimpleNamespace(**handler)
 
 
 class TestLog:
-    def read(self, level: str, *events: tuple[str, str, str]) -> list[str]:
-        with tempfile.TemporaryFile() as file:
-            log = service.Log(level, descriptor=file.fileno())
-            for least, message, text in events:
-                log.event(least, message, text=text)
-            file.seek(0)
-            return file.read().decode().splitlines(keepends=True)
+    def read(self, level: str, *events: tuple[str, str, str]) -> list[dict[str, Any]]:
+        reading, writing = open_output("file")
+        log = service.Log(level, descriptor=writing)
+        for least, message, text in events:
+            log.event(least, message, text=text)
+        log.close(5)
+        os.close(writing)
+        return read_lines(reading)
 
     def test_a_value_cannot_forge_a_line(self) -> None:
-        lines = self.read("info", ("info", "m", 'a\r\n{"level": "error"}\x1b[31m'))
-        assert len(lines) == 1
-        assert "\x1b" not in lines[0]
-        assert json.loads(lines[0])["text"] == 'a\r\n{"level": "error"}\x1b[31m'
+        [line] = self.read("info", ("info", "m", 'a\r\n{"level": "error"}\x1b[31m'))
+        assert line["text"] == 'a\r\n{"level": "error"}\x1b[31m'
 
     def test_level_is_a_threshold(self) -> None:
         lines = self.read("warning", ("info", "quiet", ""), ("warning", "loud", ""), ("error", "loudest", ""))
-        assert [json.loads(line)["message"] for line in lines] == ["loud", "loudest"]
+        assert [line["message"] for line in lines] == ["loud", "loudest"]
 
-    def test_a_closed_pipe_stops_nobody(self) -> None:
-        reading, writing = os.pipe()
-        os.close(reading)
-        service.Log(descriptor=writing).event("info", "unheard")
-        os.close(writing)
+    @pytest.mark.parametrize(("fraction", "text"), [(0.0, "000"), (0.25, "250"), (0.9999, "999")])
+    def test_time(self, monkeypatch: pytest.MonkeyPatch, fraction: float, text: str) -> None:
+        monkeypatch.setattr(time, "time", lambda: 784111777 + fraction)
+        [line] = self.read("info", ("info", "m", ""))
+        assert line["time"] == f"1994-11-06T08:49:37.{text}Z"
 
-    def test_many_threads_log_at_once(self) -> None:
-        """Each line is whole, none is lost, no thread fails."""
-        reading, writing = os.pipe()
+    @pytest.mark.parametrize("kind", ["file", "pipe", "non-blocking pipe", "socket", "pty"])
+    def test_all_is_written_to_every_kind_of_output(self, kind: str) -> None:
+        """In order, and at the latest when it is closed."""
+        reading, writing = open_output(kind)
         log = service.Log(descriptor=writing)
-        received: list[str] = []
-
-        def read() -> None:
-            with os.fdopen(reading, encoding="utf-8") as file:
-                received.extend(itertools.islice(file, 2000))
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda number: log.event("info", "m", number=number), range(2000)))
-        reader.join(30)
+        for number in range(3):
+            log.event("info", "event", number=number)
+            log.requests([answered(number), answered(number)])
+        log.close(5)
         os.close(writing)
-        assert sorted(json.loads(line)["number"] for line in received) == list(range(2000))
+        lines = read_lines(reading)
+        assert [line["message"] for line in lines] == ["event", "request", "request"] * 3
         assert log.dropped == 0
-
-    def test_a_full_pipe_loses_whole_lines_only(self) -> None:
-        """What is read later are whole lines, in order; each that is missing is counted."""
-        reading, writing = os.pipe()
-        log = service.Log(descriptor=writing)
-        log.stall_ms = 0
-        lines = [f"{number:05d}{'x' * 94}\n" for number in range(2000)]  # 200 kB; a pipe holds 64 KiB
-        for start in range(0, 1000, 7):
-            log.lines(lines[start : start + 7])
-        first = os.read(reading, 30_000)
-        log.lines(lines[1500:1600])
-        received = (first + os.read(reading, 1 << 20)).decode().splitlines(keepends=True)
-        assert received == sorted(set(received) & set(lines))
-        assert len(received) + log.dropped == 1001 + 100
-        assert received[-1] > lines[1500]
         os.close(reading)
+
+    @pytest.mark.parametrize("kind", ["pipe", "non-blocking pipe", "socket", "pty"])
+    def test_nobody_waits_for_who_does_not_read(self, kind: str) -> None:
+        """Beyond the bound requests' lines are dropped whole, and counted; events' are not; closing takes no time."""
+        reading, writing = open_output(kind)
+        log = service.Log(descriptor=writing)
+        log.bound_bytes = 1 << 16
+        handlers = [answered(number) for number in range(4200)]  # 800 kB of lines; a socket holds 200
+
+        def fill() -> int:
+            before = log.dropped
+            for start in range(0, len(handlers), 7):
+                log.requests(handlers[start : start + 7])
+            return log.dropped - before
+
+        dropped = fill()
+        log.event("error", "the last")
+        assert dropped == log.dropped > 0
+        *lines, last = read_lines(reading, b"the last")
+        assert last["message"] == "the last"
+        received = [line["request_id"] for line in lines]
+        assert received == sorted(set(received))
+        assert len(received) + dropped == len(handlers)
+        wait_until(lambda: fill() < len(handlers), 5, "lines are taken again")
+        while fill() < len(handlers):  # until it is full
+            pass
+        started = time.monotonic()
+        log.close(0.2)
+        assert time.monotonic() - started < 2
+        os.close(reading)
+        log.close(5)
         os.close(writing)
+
+    def test_an_output_that_is_closed_at_the_other_end_stops_nobody(self) -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+        log = service.Log(descriptor=writing)
+        log.event("info", "unheard")
+        log.close(5)
+        os.close(writing)
+
+    def test_a_closed_output_is_not_taken_for_what_opens_next(self) -> None:
+        with tempfile.TemporaryFile() as file:
+            lower, number = os.pipe()
+            os.close(lower)
+            os.close(number)
+            log = service.Log(descriptor=number)
+            os.dup2(file.fileno(), number)  # a client's connection, say
+            log.event("info", "unheard")
+            log.close(5)
+            os.close(number)
+            assert file.seek(0, os.SEEK_END) == 0
 
     def test_an_exception_whose_str_raises_is_described(self) -> None:
         class Broken(Exception):

@@ -1,7 +1,6 @@
 """README says what is true: its settings table, routes and commands are those of the code."""
 
 import ast
-import dataclasses
 import json
 import re
 
@@ -15,8 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def rows() -> list[str]:
     """Return the settings table as the code has it."""
     lines = []
-    for row in dataclasses.fields(service.Settings):
-        has = row.metadata
+    for has in service.ROWS:
         default = f"`{has['default']}`" if has["default"] else "none"
         default = "required" if has["default"] is service.REQUIRED else default
         flag = f"`{has['flag']}`" if has["flag"] else "–"
@@ -32,7 +30,7 @@ def test_settings_table_is_that_of_the_code() -> None:
 def test_routes_are_those_of_do_get() -> None:
     """Each route template and path of the dispatch chain is in README, and the other way round."""
     tree = ast.parse((ROOT / "micro_svc_demo.py").read_text(encoding="utf-8"))
-    do_get = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "do_GET")
+    do_get = next(node for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef) and node.name == "do_GET")
     texts = {node.value for node in ast.walk(do_get) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     routes = {text for text in texts if text.startswith("/") and (text.endswith("}") or text.count("/") == 1)} - {"/"}
     assert len(routes) >= 8
@@ -56,7 +54,7 @@ def test_metrics_and_alerts_are_those_that_exist() -> None:
     section = README.partition("## Operating it")[2].partition("\n## ")[0]
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)(?:\{([a-z,]*)\})?`", section))
     labelled = {(row.name, ",".join(label for label, _ in row.labels)) for row in service.FAMILIES}
-    rendered = set(re.findall(r"^# TYPE (\S+)", service.Metrics(1).render().decode(), re.MULTILINE))
+    rendered = set(re.findall(r"^# TYPE (\S+)", service.Metrics().render().decode(), re.MULTILINE))
     assert {name for name, _ in named} == rendered
     assert labelled <= named
     rules = (ROOT / "k8s" / "monitoring" / "prometheusrule.yaml").read_text()

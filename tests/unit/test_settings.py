@@ -1,6 +1,5 @@
 """Settings: one table, three sources, and one clear line for each mistake."""
 
-import dataclasses
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import micro_svc_demo as service
 from tests.service import ROOT
 
 REQUIRED = {"COUCHBASE_HOST": "db", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"}
-ROWS = [row.metadata for row in dataclasses.fields(service.Settings)]
+ROWS = service.ROWS
 
 
 def read(*argv: str, **environ: str) -> service.Settings:
@@ -22,7 +21,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     settings = read()
     assert (settings.couchbase_bucket, settings.couchbase_scope) == ("sample_app", "profiles")
     assert (settings.port, settings.metrics_port) == (8080, 9090)
-    assert (settings.workers, settings.threads, settings.max_connections) == (1, 8, 10_000)
+    assert (settings.threads, settings.max_connections) == (8, 10_000)
     assert (settings.couchbase_timeout_ms, settings.couchbase_query_timeout_ms) == (2500, 5000)
     assert (settings.token_refresh_seconds, settings.shutdown_seconds) == (30, 20)
     assert (settings.couchbase_tls, settings.couchbase_tls_verify, settings.couchbase_tls_ca) == (True, True, None)
@@ -84,7 +83,6 @@ def test_connection_string(environ: dict[str, str], connection_string: str) -> N
         ("SERVICE_PORT", "65536"),
         ("SERVICE_PORT", "-1"),
         ("METRICS_PORT", "none"),
-        ("WORKERS", "0"),
         ("THREADS", "+8"),
         ("THREADS", "٨"),
         ("MAX_CONNECTIONS", "0"),

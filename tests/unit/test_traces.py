@@ -1,68 +1,47 @@
 """Traces: with an OpenTelemetry SDK each request is a server span and its Couchbase operation a child."""
 
-import json
-import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
+from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
 import micro_svc_demo as service
-from tests.service import ROOT
+from tests.service import ServiceProcess
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-
-
-class Store(service.Batch):
-    """A store whose one operation has the outcome that the test wants."""
-
-    def __init__(self, operation: service.Operation | None, problem: service.ProblemError | None = None) -> None:
-        self.operation = None
-        self._operation, self._problem = operation, problem
-
-    def get(self, collection: str, key: str) -> service.Document:
-        self.operation = self._operation
-        if self._problem:
-            raise self._problem
-        return service.Document(b"{}", 1)
-
-    def query(self, statement: str, parameters: dict[str, object]) -> list[bytes]:
-        self.operation = self._operation
-        return [b"{}"]
-
-
-def spans(store: Store, path: str, *fields: str, method: str = "GET") -> list[ReadableSpan]:
-    """Answer one request with a tracer that keeps its spans in memory; return them, children first."""
-    settings = service.read_settings(
-        ["--port", "0", "--metrics-port", "off", "--log-level", "error"],
-        {"COUCHBASE_HOST": "db", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"},
-    )
-    log, metrics = service.Log("error"), service.Metrics(1)
-    server = service.ProfileServer(settings, service.ProfileStore(settings, log, metrics), log, metrics)
-    server.store.tokens.adopt("t", 0.0)
-    server.tell_ready()
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    server.tracer = provider.get_tracer("test")
-    lines = [f"{method} {path} HTTP/1.1", "Host: a", "Authorization: Bearer t", *fields, "", ""]
-    head = service.parse_head("\r\n".join(lines).encode())
-    handler = service.ProfileHandler(head, ("192.0.2.1", 1), server, internal=False)
-    handler.respond(store)
-    server.server_close()
-    return list(exporter.get_finished_spans())
+Spans = Callable[..., list[ReadableSpan]]
 
 
 def operation(name: str, target: str, outcome: str = "ok", size: int = 1) -> service.Operation:
-    return service.Operation(name, target, service.time.monotonic(), 0.002, outcome, size)
+    return service.Operation(name, target, time.monotonic(), 0.002, outcome, size)
 
 
-def test_request_and_operation() -> None:
+@pytest.fixture
+def spans(handle) -> Spans:
+    """Answer one request and record its spans; return them, children first."""
+
+    def spans(path: str, done: service.Operation | None = None, *fields: str) -> list[ReadableSpan]:
+        exporter, provider = InMemorySpanExporter(), TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        handler = handle(path, "Authorization: Bearer secret", *fields)
+        handler.operation = done
+        service.record_spans(provider.get_tracer("test"), handler, "sample_app.profiles")
+        return list(exporter.get_finished_spans())
+
+    return spans
+
+
+def test_request_and_operation(spans: Spans, shelf) -> None:
     """Names, kinds and attributes of the semantic conventions; the caller's trace goes on; no id, no key."""
-    traceparent = f"traceparent: 00-{TRACE}-{PARENT}-01"
-    child, server = spans(Store(operation("get_multi", "user_data", size=3)), "/api/v1/id/MARKED", traceparent)
+    shelf.documents["user_data", "user_data:MARKED"] = service.Document(b"{}", 1)
+    done = operation("get_multi", "user_data", size=3)
+    child, server = spans("/api/v1/id/MARKED", done, f"traceparent: 00-{TRACE}-{PARENT}-01")
     assert (server.name, server.kind) == ("GET /api/v1/id/{id}", SpanKind.SERVER)
     assert f"{server.context.trace_id:032x}" == TRACE
     assert server.parent is not None and f"{server.parent.span_id:016x}" == PARENT
@@ -81,18 +60,19 @@ def test_request_and_operation() -> None:
     assert "MARKED" not in server.to_json() + child.to_json()
 
 
-def test_query_has_its_statement_but_no_parameter() -> None:
-    child, server = spans(Store(operation("query", service.PROFILES_BY_NICKNAME)), "/api/v1/nickname/MARKED")
+def test_query_has_its_statement_but_no_parameter(spans: Spans, shelf) -> None:
+    shelf.rows = [b"{}"]
+    child, server = spans("/api/v1/nickname/MARKED?limit=7", operation("query", service.PROFILES_BY_NICKNAME))
     assert child.attributes is not None and child.attributes["db.query.text"] == service.PROFILES_BY_NICKNAME
     assert "MARKED" not in server.to_json() + child.to_json()
 
 
-def test_failures_are_marked() -> None:
-    problem = service.ProblemError(504, "slow")
-    child, server = spans(Store(operation("get", "user_data", "timeout"), problem), "/api/v1/id/1")
+def test_failures_are_marked(spans: Spans, shelf) -> None:
+    shelf.documents["user_data", "user_data:1"] = service.ProblemError(504, "slow")
+    child, server = spans("/api/v1/id/1", operation("get", "user_data", "timeout"))
     assert (server.status.status_code, child.status.status_code) == (StatusCode.ERROR, StatusCode.ERROR)
     assert child.attributes is not None and child.attributes["error.type"] == "timeout"
-    [missing] = spans(Store(None), "/nope")
+    [missing] = spans("/nope")
     assert missing.status.status_code is StatusCode.UNSET
     assert missing.parent is None
 
@@ -114,27 +94,45 @@ def test_trace_id_of_traceparent(traceparent: str, expected: str) -> None:
     assert service.trace_id(traceparent) == expected
 
 
-def test_nothing_is_traced_unless_asked_for() -> None:
-    assert service.start_tracing({}) is None
-    assert service.start_tracing({"OTEL_TRACES_EXPORTER": "console", "OTEL_SDK_DISABLED": "true"}) is None
+def test_there_is_a_tracer_where_a_provider_has_been_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `opentelemetry-instrument` sets one; the API alone makes spans that go nowhere."""
+    assert service.find_tracer() is None
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    service.find_tracer().start_span("one").end()
+    assert [span.name for span in exporter.get_finished_spans()] == ["one"]
+    monkeypatch.delitem(sys.modules, "opentelemetry.trace")
+    assert service.find_tracer() is None
 
 
-def test_sdk_is_configured_by_its_own_variables() -> None:
-    """In a process of its own, as the configuration is global: a console exporter prints the span as JSON."""
-    program = """
-import os, micro_svc_demo
-tracer = micro_svc_demo.start_tracing(os.environ)
-tracer.start_span("one").end()
+STUCK = """
+import os, sys, time
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+import micro_svc_demo
+
+class Stuck(SpanExporter):
+    def export(self, spans):
+        print("exporting", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+provider = TracerProvider()
+provider.add_span_processor(BatchSpanProcessor(Stuck(), schedule_delay_millis=1))
+trace.set_tracer_provider(provider)
+os._exit(micro_svc_demo.main())
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={"OTEL_TRACES_EXPORTER": "console", "OTEL_METRICS_EXPORTER": "none", "OTEL_SERVICE_NAME": "demopy"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    span = json.loads(ended.stdout)
-    assert span["name"] == "one"
-    assert span["resource"]["attributes"]["service.name"] == "demopy"
+
+
+def test_a_collector_that_does_not_answer_does_not_hold_the_end_up() -> None:
+    """Nor does a Couchbase that is not there."""
+    couchbase = {"COUCHBASE_HOST": "couchbase://127.0.0.1:1", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"}
+    process = ServiceProcess(couchbase)
+    process.command = ("-c", STUCK)
+    process.start()
+    assert process.get("/healthz").status == 200
+    assert process.process.stderr is not None and process.process.stderr.readline() == "exporting\n"
+    started = time.monotonic()
+    assert process.stop() == 0
+    assert time.monotonic() - started < 5
