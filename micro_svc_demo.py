@@ -324,7 +324,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         if not isinstance(request, ProblemError):
             self.command, self.path, self.request_version, self.headers = request
         self.request_id = self.headers.get("x-request-id", "")
-        if not _SANE_REQUEST_ID.fullmatch(self.request_id):
+        if not self.request_id or not _SANE_REQUEST_ID.fullmatch(self.request_id):
             self.request_id = f"{self.server.request_prefix}-{next(self.server.request_numbers):x}"
         try:
             if isinstance(request, ProblemError):
@@ -394,16 +394,16 @@ class ProfileHandler(BaseHTTPRequestHandler):
             media_type, image = self.server.pictures.decoded(path, document)
             self.send(200, image, media_type, document.cas, CONTENT_POLICY, *_REPLICA[document.replica])
         elif path == "/healthz":
-            self.send_local(path, b'{"status": "alive"}')
+            self.send_static(path, b'{"status": "alive"}')
         elif path == "/readyz":
             self.send_readiness(path)
         elif path == "/openapi.json":
-            self.send_local(path, openapi())
+            self.send_static(path, openapi())
         elif path == "/docs":
             assets_url = self.server.settings.docs_assets_url
-            self.send_local(path, docs_page(assets_url), HTML_TYPE, docs_policy(assets_url))
+            self.send_static(path, docs_page(assets_url), HTML_TYPE, docs_policy(assets_url))
         elif path == "/metrics" and self.connection.internal:
-            self.send_local(path, self.server.scrape(), METRICS_TYPE)
+            self.send_static(path, self.server.scrape(), METRICS_TYPE)
         else:
             raise ProblemError(404, "no such route")
 
@@ -453,7 +453,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             links.append(f'Link: <{following}>; rel="next"')
         self.send(200, b"[%b]" % b",".join(rows[:limit]), JSON_TYPE, None, *links)
 
-    def send_local(self, route: str, body: bytes, content_type: str = JSON_TYPE, *headers: str) -> None:
+    def send_static(self, route: str, body: bytes, content_type: str = JSON_TYPE, *headers: str) -> None:
         """Answer with something that the process itself knows."""
         self.route = route
         self.send(200, body, content_type, None, *headers)
@@ -464,7 +464,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         if reasons := self.server.unready_reasons():
             raise unavailable("not ready", reasons=reasons)
         ready = {"status": "ready", "breakers": self.server.store.health.breaker_states()}
-        self.send_local(route, json.dumps(ready).encode())
+        self.send_static(route, json.dumps(ready).encode())
 
     def send_problem(self, problem: ProblemError) -> None:
         """Answer with a problem document."""
@@ -645,12 +645,12 @@ class ProfileStore:
         self.health.query_breaker.admit(time.monotonic())
         return Query(self.loader, statement, parameters)
 
-    def settle(self, fetched: Fetched) -> tuple[Operation, Mapping[str, Document | ProblemError]]:
+    def judge(self, fetched: Fetched) -> tuple[Operation, Mapping[str, Document | ProblemError]]:
         """Judge what an operation on documents has brought: for Couchbase's health, and for each caller by key."""
         name, collection, started, seconds, documents, errors = fetched
-        outcome, settled = "ok", cast("dict[str, Any]", documents)
+        outcome, judged = "ok", cast("dict[str, Any]", documents)
         if errors:
-            settled, outcomes = {**documents}, set(map(outcome_of, errors.values()))
+            judged, outcomes = {**documents}, set(map(outcome_of, errors.values()))
             # of many documents a part may well be missing
             outcome = min(outcomes if name != "get_multi" else outcomes - {"not_found"}, default="ok")
         operation = Operation(name, collection, started, seconds, outcome, len(documents) + len(errors))
@@ -668,10 +668,10 @@ class ProfileStore:
             self.health.failed(key, operation)
         for key, error in errors.items():  # of a replica also what is not there: the node that would know is down
             replica = name == "get_any_replica"
-            settled[key] = unavailable(_OUT_OF_REACH) if replica else self.problem(error, "get")
-        return operation, settled
+            judged[key] = unavailable(_OUT_OF_REACH) if replica else self.problem(error, "get")
+        return operation, judged
 
-    def settle_query(self, outcome: list[bytes] | Exception, operation: Operation) -> list[bytes] | ProblemError:
+    def judge_rows(self, outcome: list[bytes] | Exception, operation: Operation) -> list[bytes] | ProblemError:
         """Judge what has come of a query."""
         self._metrics.finished.append(operation)
         if isinstance(outcome, Exception) and failure_of(outcome).outage:
@@ -847,8 +847,8 @@ class ProfileServer(ThreadingHTTPServer):
         while True:
             self.tell_ready()
             await asyncio.sleep(0.2)
-            await wait_for(health.suspicion, min(health.check_seconds, period) * random.uniform(0.6, 0.9))  # noqa: S311
-            health.suspicion.clear()
+            await wait_for(health.check_due, min(health.check_seconds, period) * random.uniform(0.6, 0.9))  # noqa: S311
+            health.check_due.clear()
             try:
                 await health.check()
             except Exception as error:
@@ -1172,7 +1172,7 @@ class Framer:
 #   READING     the next request, or its rest      IDLE 75 s, or HEAD 10 s   closed, or answered 408
 #   ANSWERING   the store, for the answer          none: the store has its own time-outs
 #   WRITING     the client to take its answer      WRITE 30 s                closed, unless more has gone meanwhile
-#   LINGERING   the client's end                   LINGER 2 s                closed
+#   LINGERING   the client's end                   LINGER 2 s without a byte closed
 #
 #   READING --a whole request, or a problem--> ANSWERING --sent--> READING, or after the last answer LINGERING
 #                                              ANSWERING --sent in part--> WRITING --the rest is sent--> the same
@@ -1185,10 +1185,12 @@ class EndOfTurn(selectors.DefaultSelector):
     What is done best once a turn is done here: documents are fetched, and answers that have been sent are logged.
     """
 
+    gather_seconds = 0.001  # at most, for which more is read before documents are fetched
+
     def __init__(self, server: ProfileServer) -> None:
         super().__init__()
         self._server = server
-        self._prolonged = 0  # how often a turn has been, by what came meanwhile
+        self._until = 0.0  # when documents that wait are fetched whatever comes; monotonic seconds
 
     def select(self, timeout: float | None = None) -> Any:
         """Return the next events."""
@@ -1196,11 +1198,11 @@ class EndOfTurn(selectors.DefaultSelector):
         before = len(server.answered)
         if loader.waiting or loader.waiting_singles or loader.waiting_queries:
             # the larger a batch, the cheaper a key: whoever has come meanwhile is read first
-            if self._prolonged < Loader.batch_size and (events := super().select(0)):
-                self._prolonged += 1
+            self._until = self._until or time.monotonic() + self.gather_seconds
+            if server.clients > 1 and time.monotonic() < self._until and (events := super().select(0)):
                 return events
+            self._until = 0.0
             loader.dispatch()
-        self._prolonged = 0
         if len(server.answered) > before:  # who has been refused may have more requests
             timeout = 0
         if server.answered:
@@ -1223,7 +1225,10 @@ class Connection(asyncio.Protocol):
     receive_bytes = 16_384  # at a time
     buffered_bytes = 32_768  # behind the request that is being answered; then reading pauses
 
-    __slots__ = ("address", "deadline", "ended", "framer", "internal", "last", "server", "state", "transport", "unsent")
+    __slots__ = (
+        *("address", "closes_at", "deadline", "ended", "framer", "internal", "last", "server", "state", "transport"),
+        "unsent",
+    )
     transport: Any  # asyncio.Transport
 
     def __init__(self, server: ProfileServer, *, internal: bool = False) -> None:
@@ -1261,7 +1266,9 @@ class Connection(asyncio.Protocol):
                 self._answer(head)
             else:
                 self._next(data)
-        elif self.state != self.LINGERING:
+        elif self.state == self.LINGERING:
+            self.deadline = min(time.monotonic() + self.linger_seconds, self.closes_at)
+        else:
             self.framer.feed(data, 0)
             if len(self.framer.inbox) > self.buffered_bytes:
                 self.transport.pause_reading()
@@ -1334,6 +1341,7 @@ class Connection(asyncio.Protocol):
         handler, self.last = self.last, None
         if handler and handler.close_connection:
             self.state, self.deadline = self.LINGERING, time.monotonic() + self.linger_seconds
+            self.closes_at = time.monotonic() + self.write_seconds
             if self.ended or not self.transport.can_write_eof():
                 self.transport.close()
             else:
@@ -1425,16 +1433,16 @@ def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, s
 
 
 class Pool:
-    """Threads that do one job each, as many as are needed up to a bound; all that it keeps is the event loop's.
+    """Threads that do one job each, as many as are needed up to a bound; what it holds is the event loop's.
 
     The thread that went idle last is used first, as its caches are warm.
     """
 
-    idle_seconds = 10.0  # after which a thread that nobody needs ends, in a pool that does not keep them
+    idle_seconds = 10.0  # after which a thread that nobody needs ends, unless it is permanent
 
-    def __init__(self, most: int, log: Log, *, keeps: bool = True) -> None:
+    def __init__(self, most: int, log: Log, *, permanent: bool = True) -> None:
         self.free = self._most = most  # jobs that it can take now, and in all
-        self._log, self._ends = log, not keeps
+        self._log, self._ends = log, not permanent
         self._idle: list[tuple[Jobs, float]] = []  # the way to each idle thread, and since when it is idle
 
     def run(self, job: Batch | Query) -> None:
@@ -1515,9 +1523,9 @@ class Query(Awaited):
 
     def call(self) -> list[bytes]:
         """Run the statement."""
-        store, late_by = self.loader.store, self.handler.queue_seconds
+        store, waited_seconds = self.loader.store, self.handler.queue_seconds
         adhoc = self.started < store.adhoc_until
-        return store.database.run_query(self._statement, self._parameters, late_by, adhoc=adhoc)
+        return store.database.run_query(self._statement, self._parameters, waited_seconds, adhoc=adhoc)
 
     def finish(self, outcome: list[bytes] | Exception) -> None:
         """Answer with what came of it."""
@@ -1525,7 +1533,7 @@ class Query(Awaited):
         name = outcome_of(outcome) if isinstance(outcome, Exception) else "ok"
         operation = Operation("query", self._statement, self.started, time.monotonic() - self.started, name)
         self.handler.operation = operation
-        self.handler.deliver(self.loader.store.settle_query(outcome, operation))
+        self.handler.deliver(self.loader.store.judge_rows(outcome, operation))
 
     def refuse(self, problem: ProblemError) -> None:
         """Answer with a problem, without having got anything."""
@@ -1537,14 +1545,14 @@ class Query(Awaited):
 class Batch:
     """Documents of one collection that are fetched in one operation."""
 
-    __slots__ = ("_collection", "_late_by", "_loader", "_replica", "given_up", "waiting")
+    __slots__ = ("_collection", "_loader", "_replica", "_waited_seconds", "given_up", "waiting")
 
     def __init__(
         self, loader: Loader, collection: str, waiting: dict[str, list[Get]], now: float, *, replica: bool = False
     ) -> None:
         """Take who waits, by key, less those who have waited for as long as a caller would, and are refused."""
         self._loader, self._collection, self._replica, self.given_up = loader, collection, replica, False
-        self.waiting, self._late_by = waiting, 0.0
+        self.waiting, self._waited_seconds = waiting, 0.0
         for key, gets in list(waiting.items()):
             for get in gets:
                 get.handler.queue_seconds = now - get.handler.started
@@ -1552,18 +1560,19 @@ class Batch:
                 late = Batch(loader, collection, {key: waiting.pop(key)}, gets[0].handler.started)
                 late.refuse(unavailable("overloaded: no thread is free", rejected="overloaded"))
             else:
-                self._late_by = max(self._late_by, gets[0].handler.queue_seconds)
+                self._waited_seconds = max(self._waited_seconds, gets[0].handler.queue_seconds)
 
     def call(self) -> Fetched:
         """Fetch them."""
         database, keys = self._loader.store.database, list(self.waiting)
         if self._replica:
             return database.fetch_replica(self._collection, keys[0])
-        return database.fetch(self._collection, keys, self._late_by if self._late_by > Loader.late_seconds else 0.0)
+        waited_seconds = self._waited_seconds if self._waited_seconds > Loader.slack_seconds else 0.0
+        return database.fetch(self._collection, keys, waited_seconds)
 
     def finish(self, outcome: Any) -> None:
         """Answer whoever waits; all answers are made before the first is sent: that wakes receivers up less often."""
-        operation, found = self._loader.store.settle(outcome) if isinstance(outcome, Fetched) else (None, {})
+        operation, found = self._loader.store.judge(outcome) if isinstance(outcome, Fetched) else (None, {})
         answered = []
         for key, gets in self.waiting.items():
             for get in gets:
@@ -1592,10 +1601,10 @@ class Loader:
     # The least that still serves 256 clients of a database 5 ms away (the grid in tests/load/results).
     threads, batch_size = 3, 64
     single_threads = 64
-    stuck_seconds = 0.25  # with all threads busy and none back, something may be wrong
-    late_seconds = 0.02  # a request that has waited for longer has so much less time for Couchbase
+    stall_seconds = 0.25  # with all threads busy and none back, something may be wrong
+    slack_seconds = 0.02  # a request that has waited for longer has so much less time for Couchbase
     most_queries, query_wait_seconds = 1024, 0.25  # that wait for a thread, and for how long
-    overdue_seconds = 0.03  # after its time-out a query that the SDK still holds is given up
+    grace_seconds = 0.03  # after its time-out a query that the SDK still holds is given up
     look_seconds = 0.025
 
     def __init__(self, store: ProfileStore, query_threads: int, log: Log) -> None:
@@ -1603,7 +1612,7 @@ class Loader:
         self.waiting: dict[str, dict[str, list[Get]]] = {}  # by collection and key, in the order of asking
         self.running: set[Query] = set()
         self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)
-        self._singles = Pool(self.single_threads, log, keeps=False)
+        self._singles = Pool(self.single_threads, log, permanent=False)
         self.waiting_singles: deque[Get] = deque()
         self.waiting_queries: deque[Query] = deque()
         self._watching = False
@@ -1632,11 +1641,11 @@ class Loader:
             asyncio.get_running_loop().call_later(self.look_seconds, self._watch)
         while waiting and now - waiting[0].made > self.query_wait_seconds:
             waiting.popleft().refuse(unavailable("overloaded: no query thread is free", rejected="overloaded"))
-        latest = now - self.store.database.query_timeout_seconds - self.overdue_seconds
+        latest = now - self.store.database.query_timeout_seconds - self.grace_seconds
         for query in [query for query in self.running if query.handler.started < latest]:
             self._queries.give_up(query)
             query.refuse(self.store.give_up_query(query.started, query.handler.route))
-        if self.waiting and not self._batches.free and now - self._dispatched_at > self.stuck_seconds:
+        if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
             self.store.health.degrade(1.0)
 
     def dispatch(self) -> None:
@@ -1698,12 +1707,14 @@ class Database:
         self.timeout_seconds = settings.couchbase_timeout_ms / 1000
         self.query_timeout_seconds = settings.couchbase_query_timeout_ms / 1000
 
-    def fetch(self, collection: str, keys: list[str], late_by: float) -> Fetched:
+    def fetch(self, collection: str, keys: list[str], waited_seconds: float) -> Fetched:
         """Get documents in one operation: one hand-over between the threads of Python and the SDK for all of them.
 
-        `late_by` seconds the oldest request for one has waited; 0 if it is not worth what a time-out of its own costs.
+        The oldest request has waited for `waited_seconds`; 0 if that is not worth what a time-out of its own costs.
         """
-        options = {"timeout": timedelta(seconds=max(0.01, self.timeout_seconds - late_by))} if late_by else {}
+        options = (
+            {"timeout": timedelta(seconds=max(0.01, self.timeout_seconds - waited_seconds))} if waited_seconds else {}
+        )
         documents: dict[str, Document] = {}
         errors: dict[str, Exception] = {}
         started, source, name = time.monotonic(), self._collections[collection], "get_multi"
@@ -1722,7 +1733,7 @@ class Database:
         return Fetched(name, collection, started, time.monotonic() - started, documents, errors)
 
     def fetch_replica(self, collection: str, key: str) -> Fetched:
-        """Get a document whose node is down from a replica, if the cluster keeps any."""
+        """Get a document whose node is down from a replica, if the cluster permanent any."""
         started, documents, errors = time.monotonic(), {}, {}
         try:
             options = GetAnyReplicaOptions(timeout=timedelta(seconds=self.probe_seconds))
@@ -1733,17 +1744,17 @@ class Database:
         return Fetched("get_any_replica", collection, started, time.monotonic() - started, documents, errors)
 
     def run_query(
-        self, statement: str, parameters: dict[str, object], late_by: float = 0.0, *, adhoc: bool = False
+        self, statement: str, parameters: dict[str, object], waited_seconds: float = 0.0, *, adhoc: bool = False
     ) -> list[bytes]:
         """Run a read-only statement and return its rows as raw JSON; raises what the SDK raises.
 
-        The request for it has waited for `late_by` seconds; if it is `adhoc` it goes unprepared.
+        The request for it has waited for `waited_seconds` seconds; if it is `adhoc` it goes unprepared.
         """
         options = QueryOptions(
             adhoc=adhoc,
             read_only=True,
             named_parameters=parameters,
-            timeout=timedelta(seconds=max(0.01, self.query_timeout_seconds - late_by)),
+            timeout=timedelta(seconds=max(0.01, self.query_timeout_seconds - waited_seconds)),
             scan_consistency=QueryScanConsistency.NOT_BOUNDED,
             serializer=_RowBytes(),
         )
@@ -1774,8 +1785,8 @@ class Database:
         """Return whether a query is answered; not prepared, as a forgotten statement would never come back."""
         parameters: dict[str, object] = {"value": "", "limit": 1, "offset": 0}
         try:
-            late_by = self.query_timeout_seconds - self.probe_seconds
-            self.run_query(PROFILES_BY_NICKNAME, parameters, late_by, adhoc=True)
+            waited_seconds = self.query_timeout_seconds - self.probe_seconds
+            self.run_query(PROFILES_BY_NICKNAME, parameters, waited_seconds, adhoc=True)
         except Exception:
             return False
         return True
@@ -1890,7 +1901,7 @@ def check_certificates(settings: Settings) -> str:
 
 # ── Breakers, vBuckets and Couchbase's health ─────────────────────────────────────────────────────────────────────────
 # Each key belongs to one of 1024 vBuckets, by its hash alone, and each vBucket to a node. So a node that is down shows
-# as vBuckets that are lost, and nobody has to ask the cluster which node has which keys.
+# as vBuckets that are down, and nobody has to ask the cluster which node has which keys.
 
 VBUCKETS = 1024  # of a server with fewer (a power of two), each holds the keys of several of these
 
@@ -2001,9 +2012,9 @@ class Health:
         self._threads = ThreadPoolExecutor(1)  # for the check's own calls
         self.breaker, self.query_breaker = self._breaker("key-value"), self._breaker("query")
         self.replica_breaker = self._breaker("key-value replicas")
-        self.suspicion = asyncio.Event()  # set to have the next check at once
+        self.check_due = asyncio.Event()  # set to have the next check at once
         self.degraded = False  # key-value has failed lately: no document waits for another's failure
-        self.lost: Collection[int] = frozenset()  # vBuckets that are not answered while others are
+        self.down: Collection[int] = frozenset()  # vBuckets that are not answered while others are
         self._calm_at = 0.0  # when `degraded` may end; this and the others in monotonic seconds
         self.answered_at = self.fetched_at = self.replica_fetched_at = 0.0  # anything; a document; one of a replica
         self._unanswered_at = -1.0  # when the last check began that was not answered
@@ -2013,15 +2024,15 @@ class Health:
     def _breaker(self, service: str) -> Breaker:
         def changed(state: str) -> None:
             self._log.event("info" if state == Breaker.CLOSED else "warning", "breaker", service=service, state=state)
-            self.suspicion.set()
+            self.check_due.set()
 
         return Breaker(changed)
 
     def admit(self, key: str) -> bool:
         """Return whether a document has to come from a replica; raise a 503 where nobody is to be asked for it."""
-        lost = vbucket(key) in self.lost
-        (self.replica_breaker if lost else self.breaker).admit(time.monotonic())
-        return lost
+        down = vbucket(key) in self.down
+        (self.replica_breaker if down else self.breaker).admit(time.monotonic())
+        return down
 
     def failed(self, key: str, done: Operation) -> None:
         """Take note of a key-value failure that speaks of the service.
@@ -2034,7 +2045,7 @@ class Health:
             breaker, quiet_until = self.replica_breaker, self.replica_fetched_at + 5.0
         else:
             self.degrade(self.degraded_seconds)
-            breaker, quiet_until = self.breaker, math.inf if vbucket(key) in self.lost else self.fetched_at + 0.25
+            breaker, quiet_until = self.breaker, math.inf if vbucket(key) in self.down else self.fetched_at + 0.25
         if ended > quiet_until or breaker.state != Breaker.CLOSED:
             breaker.failed(done.started, ended)
 
@@ -2048,10 +2059,10 @@ class Health:
         if not self.degraded:
             self.degraded = True
             asyncio.get_running_loop().call_later(seconds, self._calm_down)
-        self.suspicion.set()
+        self.check_due.set()
 
     def _calm_down(self) -> None:
-        unwell = self.lost or self.breaker.state != Breaker.CLOSED
+        unwell = self.down or self.breaker.state != Breaker.CLOSED
         left = max(self._calm_at - time.monotonic(), 1.0 if unwell else 0.0)
         self.degraded = left > 0
         if self.degraded:
@@ -2062,7 +2073,7 @@ class Health:
         return {"key-value": self.breaker.state, "query": self.query_breaker.state}
 
     @property
-    def _silent(self) -> bool:
+    def _unreachable(self) -> bool:
         """Whether the last check was not answered, nor anything else since it began."""
         return self.answered_at < self._unanswered_at
 
@@ -2073,8 +2084,8 @@ class Health:
         periods = 3 * self._tokens.period_seconds
         reasons = {
             "the breaker of key-value is open": self.breaker.state == Breaker.OPEN,
-            "the background check is not answered": self._silent,
-            f"the token could not be read for {periods:.0f} s": not self._silent
+            "the background check is not answered": self._unreachable,
+            f"the token could not be read for {periods:.0f} s": not self._unreachable
             and time.monotonic() > self._token_read_at + periods,
         }
         return [f"Couchbase: {reason}" for reason, true in reasons.items() if true]
@@ -2090,10 +2101,8 @@ class Health:
             await self._read_token()
         except Exception as error:
             failure, scope = failure_of(error), self._database.scope_name
-            if isinstance(error, NoTokenError):
-                self._missing = str(error)
-            elif failure.advice:
-                self._missing = f"{failure.detail} (scope {scope!r}): {failure.advice}"
+            advice = f"{failure.detail} (scope {scope!r}): {failure.advice}" if failure.advice else "not connected yet"
+            self._missing = str(error) if isinstance(error, NoTokenError) else advice
             raise
 
     async def _read_token(self) -> None:
@@ -2118,7 +2127,7 @@ class Health:
         if self.query_breaker.may_be_checked(started) and await self._call(self._database.probe_queries):
             self.query_breaker.succeeded(started)  # by now its pauses may be long
         # while nothing is answered, a look at the token would take its whole time-out to say the same
-        if self.degraded and not await self._look_at_vbuckets() and self._silent:
+        if self.degraded and not await self._look_at_vbuckets() and self._unreachable:
             return await self._renew_password()
         started = time.monotonic()
         try:
@@ -2126,17 +2135,17 @@ class Health:
         except NoTokenError as error:  # the last one stays
             self._log.event("warning", "the token could not be read again; the last one stays", error=str(error))
         except Exception as error:
-            if not self._silent:
+            if not self._unreachable:
                 self._log.event("warning", "the background check is not answered", error=describe(error))
             self._unanswered_at = started
             self.failed(TOKEN_KEY, Operation("lookup_in", AUTH, started, time.monotonic() - started, ""))
             await self._renew_password()
 
     async def _look_at_vbuckets(self) -> bool:
-        """Find out which vBuckets are lost before requests have to find out; return whether any is answered.
+        """Find out which vBuckets are down before requests have to find out; return whether any is answered.
 
-        A vBucket is lost when it is not answered twice while others are. When none is, Couchbase may be slow or down:
-        the time-outs of requests will tell.
+        A vBucket is down when it is not answered twice while others are. When none is, Couchbase may be slow or down
+        as a whole: the time-outs of requests will tell.
         """
         started, closed = time.monotonic(), self.breaker.state == Breaker.CLOSED
         if not closed and not self.breaker.may_be_checked(started) and not self.breaker.allow(started):
@@ -2147,8 +2156,8 @@ class Health:
             return False
         self.breaker.succeeded(started)
         missing = set(range(VBUCKETS)) - await self._probe(range(VBUCKETS))
-        fresh = missing - set(self.lost)
-        self.lost = (missing - fresh) | (fresh - await self._probe(fresh))
+        fresh = missing - set(self.down)
+        self.down = (missing - fresh) | (fresh - await self._probe(fresh))
         return True
 
     async def _probe(self, vbuckets: Collection[int]) -> set[int]:
@@ -2212,7 +2221,7 @@ class Pictures:
 
     def decoded(self, path: str, record: Document) -> tuple[str, bytes]:
         """Return media type and picture of the record that was asked for by a path; 422 if there is none."""
-        cas, media_type, picture = self._kept.get(path) or (0, "", b"")
+        cas, media_type, picture = self._kept.get(path) or (-1, "", b"")
         if cas == record.cas:
             self._kept.move_to_end(path)
             return media_type, picture
@@ -2296,6 +2305,7 @@ class Log:
         now, lines = time.time(), []
         stamp = f"{timestamp(int(now))}.{int(now % 1 * 1000):03d}Z"
         beginnings: dict[tuple[str, str, int], str] = {}
+        operation, spent = None, ""
         for handler in handlers:
             key = (handler.route, handler.command, handler.status)
             beginning = beginnings.get(key)
@@ -2308,7 +2318,9 @@ class Log:
                     f'"method": "{handler.command or "-"}", "route": "{handler.route or "-"}", '
                     f'"status": {handler.status}, "request_id": "'
                 )
-            spent = f', "couchbase_ms": {handler.operation.seconds * 1000:.3f}' if handler.operation else ""
+            if handler.operation is not operation:  # those of a batch share it
+                operation = handler.operation
+                spent = f', "couchbase_ms": {operation.seconds * 1000:.3f}' if operation else ""
             traced = trace_id(handler.headers["traceparent"]) if "traceparent" in handler.headers else ""
             lines.append(
                 f'{beginning}{handler.request_id}", "bytes": {len(handler.response)}, '

@@ -313,6 +313,20 @@ class TestStreams:
             assert json.loads(reply.body)["status"] == 413
             client.wait_for_end()
 
+    def test_a_slow_body_does_not_cost_its_client_the_answer(self, database) -> None:
+        """Closing is put off as long as bytes come, well beyond the time that a silent client would have."""
+        with (
+            ImpatientService(settings_for(database), linger_seconds=0.3) as running,
+            Conversation(running.port) as client,
+        ):
+            client.send(request("/healthz", None, "Content-Length: 1000000"))
+            for _ in range(25):
+                client.send(b"x" * 1000)
+                time.sleep(0.1)  # the client's pace
+            reply = client.answer()
+            assert reply is not None and reply.status == 413
+            client.wait_for_end()
+
 
 def test_a_request_that_waited_too_long_is_not_worked_on(database, clean_faults: EmulatorProcess) -> None:
     """Lookups behind a slow one, longer than the time-out: 503 at once, and the database is not asked for them."""

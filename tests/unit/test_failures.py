@@ -305,16 +305,16 @@ def test_an_exception_whose_text_raises_is_answered_by_the_store(store: service.
 
     store.database._collections, store.database._scope = {service.USERS: Failing()}, Failing()
 
-    async def settle(*keys: str) -> list[int]:
-        operation, found = store.settle(store.database.fetch(service.USERS, list(keys), 0.0))
+    async def judge(*keys: str) -> list[int]:
+        operation, found = store.judge(store.database.fetch(service.USERS, list(keys), 0.0))
         assert (operation.outcome, operation.size, found.keys()) == ("timeout", len(keys), set(keys))
         return [problem.status for problem in found.values() if isinstance(problem, service.ProblemError)]
 
-    assert asyncio.run(settle("user_data:1")) == [504]
-    assert asyncio.run(settle("user_data:1", "user_data:2")) == [504, 504]
+    assert asyncio.run(judge("user_data:1")) == [504]
+    assert asyncio.run(judge("user_data:1", "user_data:2")) == [504, 504]
     with pytest.raises(Unspeakable) as raised:
         store.database.run_query(service.PROFILES_BY_NICKNAME, {})
-    answer = store.settle_query(raised.value, service.Operation("query", "", 0.0, 0.0, "timeout"))
+    answer = store.judge_rows(raised.value, service.Operation("query", "", 0.0, 0.0, "timeout"))
     assert isinstance(answer, service.ProblemError) and answer.status == 504
     assert [line["error"] for line in logged() if line["message"] == "couchbase failure"] == ["Unspeakable"] * 4
 
@@ -334,9 +334,9 @@ def probed(store: service.ProfileStore, error: Exception, *, beside: bool = Fals
         earlier = store.database.fetch(service.USERS, ["user_data:2"], 0.0)
         assert breaker.allow(time.monotonic())
         if beside:
-            store.settle(earlier)
+            store.judge(earlier)
         assert breaker.state == breaker.HALF_OPEN
-        store.settle(store.database.fetch(service.USERS, ["user_data:1"], 0.0))
+        store.judge(store.database.fetch(service.USERS, ["user_data:1"], 0.0))
 
     asyncio.run(probe())
     return breaker.state

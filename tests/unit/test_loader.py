@@ -252,7 +252,7 @@ async def test_a_batch_has_a_bound(bench: Bench) -> None:
 @in_the_loop
 async def test_what_comes_while_all_are_busy_is_the_next_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several turns, up to the bound; those who have waited have less time left for Couchbase."""
-    monkeypatch.setattr(service.Loader, "late_seconds", 0.0)
+    monkeypatch.setattr(service.Loader, "slack_seconds", 0.0)
     monkeypatch.setattr(bench.loader, "batch_size", 3)
     clients, calls = await bench.busy()
     clients += bench.profiles(1, 2)
@@ -347,7 +347,7 @@ async def test_degraded_no_document_waits_for_another(bench: Bench) -> None:
 @in_the_loop
 async def test_degraded_when_no_batch_comes_back(bench: Bench) -> None:
     """Those who wait already are fetched one by one at once."""
-    bench.loader.stuck_seconds = 0.0
+    bench.loader.stall_seconds = 0.0
     clients, stuck = await bench.busy()
     waiting = bench.profiles(1, 2, 1)
     calls = await bench.calls(3)
@@ -373,7 +373,7 @@ async def test_a_batch_that_is_answered_in_part_opens_no_breaker(bench: Bench) -
 @in_the_loop
 async def test_documents_of_a_lost_vbucket_come_from_replicas(bench: Bench) -> None:
     bench.health.degrade(SECONDS)
-    bench.health.lost = {service.vbucket("user_data:1")}
+    bench.health.down = {service.vbucket("user_data:1")}
     for outcome, status in ((None, 200), (cb.DocumentUnretrievableException(), 503)):
         clients = bench.profiles(1, 2)
         replica, active = await bench.calls(2)
@@ -448,7 +448,7 @@ async def test_when_too_many_queries_wait_the_next_is_refused_at_once(bench: Ben
 @in_the_loop
 async def test_a_query_that_never_comes_back_is_answered(bench: Bench) -> None:
     """504 at its time-out; another thread takes the place of the one that it holds, and queries go unprepared."""
-    bench.database.query_timeout_seconds = bench.loader.overdue_seconds = 0.0
+    bench.database.query_timeout_seconds = bench.loader.grace_seconds = 0.0
     client = bench.query()
     [stuck] = await bench.calls(1)
     assert await statuses(client) == [504]
