@@ -2,18 +2,14 @@
 r"""A user-profile microservice: HTTP in front of Couchbase, on the standard library and the Couchbase SDK.
 
 Part one is the service, to be read in one sitting: settings, problems, the handler with its routes, the store with
-the failure map, the server, `main`. Part two is the engine room, to be read when needed: HTTP/1.1 framing,
-connections, the data loader and its pools, the calls of the SDK, breakers and Couchbase's health, tokens, log,
-metrics, traces, the processor, the OpenAPI document.
+the failure map, the server, `main`. Part two is the engine room, to be read when needed: HTTP/1.1 framing, connections,
+the data loader and its pools, the SDK's calls, Couchbase's health, tokens, log, metrics, traces, the OpenAPI document.
 
 All is done by the event loop's one thread, so no state has two owners and nothing needs a lock. Other threads make one
 blocking call to Couchbase each and hand the result back to the loop. The way of a request::
 
-    socket -> asyncio -> Connection.data_received -> Framer -> ProfileHandler.do_GET --await--+
-                                                                                              |- Get: a Batch,
-                                                                                              |  one get_multi
-                                                                                              |- Query: rows
-    socket <- transport.write <- ProfileHandler.send <------- result, back in the loop -------+
+    socket -> asyncio -> Connection.data_received -> Framer -> ProfileHandler.do_GET --await--+- Get: a Batch of keys
+    socket <- transport.write <- ProfileHandler.send <------- result, back in the loop -------+- Query: rows
 """
 
 from __future__ import annotations
@@ -38,7 +34,6 @@ import queue
 import random
 import re
 import resource
-import secrets
 import select
 import selectors
 import signal
@@ -56,7 +51,6 @@ from datetime import timedelta
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 from urllib.parse import quote, unquote_to_bytes
 
@@ -84,32 +78,33 @@ __version__ = "1.0.0"
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # One row a setting: its name, default, check and meaning stand in `Settings`; `ROWS` has what is derived from them.
 
+REQUIRED = object()
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+# What a value has to be: for people, and as a function that raises an exception for any other.
+Check: TypeAlias = tuple[str, Callable[[str], Any]]
+
 
 class SettingsError(Exception):
     """A setting is missing or has a value that is not allowed; the message is one line for the operator."""
 
 
-class Check(NamedTuple):
-    """What a value has to be: for people, and as a function that raises an exception for any other."""
-
-    allowed: str
-    parse: Callable[[str], Any]
-
-
-Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+def _row(default: object, check: Check, meaning: str, *, secret: bool = False) -> Any:
+    """Describe one setting; a secret is neither printed nor taken from the command line."""
+    row = {"default": default, "allowed": check[0], "parse": check[1], "meaning": meaning, "secret": secret}
+    return field(repr=not secret, metadata=row)
 
 
 def _matching(pattern: str, allowed: str) -> Check:
-    return Check(allowed, lambda text: re.fullmatch(pattern, text)[0])  # type: ignore[index]  # None: not allowed
+    return allowed, lambda text: re.fullmatch(pattern, text)[0]  # type: ignore[index]  # None: not allowed
 
 
 def _integer(low: int, high: int) -> Check:
-    digits = _matching("[0-9]{1,9}", "")
-    return Check(f"{low} to {high}", lambda text: low + range(low, high + 1).index(int(digits.parse(text))))
+    _, digits = _matching("[0-9]{1,9}", "")
+    return f"{low} to {high}", lambda text: low + range(low, high + 1).index(int(digits(text)))
 
 
 def _choice(allowed: str) -> Check:
-    return Check(allowed, lambda text: {name: name for name in re.findall("[a-z]{3,}", allowed)}[text.lower()])
+    return allowed, lambda text: {name: name for name in re.findall("[a-z]{3,}", allowed)}[text.lower()]
 
 
 def _file(text: str) -> str:
@@ -117,25 +112,18 @@ def _file(text: str) -> str:
         return text
 
 
-def _setting(default: object, check: Check, meaning: str, *, secret: bool = False) -> Any:
-    """Describe one setting; a secret is neither printed nor taken from the command line."""
-    row = {"default": default, "allowed": check.allowed, "parse": check.parse, "meaning": meaning, "secret": secret}
-    return field(repr=not secret, metadata=row)
-
-
-REQUIRED = object()
 _HOST = r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]"
 _HOSTS = rf"(?:{_HOST})(?::[0-9]{{1,5}})?(?:,(?:{_HOST})(?::[0-9]{{1,5}})?)*"
-_CLUSTER = rf"{_HOSTS}|couchbases?://{_HOSTS}/?(?:\?[!-~]*)?"
+_CLUSTER_TEXT = "host[:port], several with commas, or couchbase[s]://…"
+_CLUSTER = _matching(rf"{_HOSTS}|couchbases?://{_HOSTS}/?(?:\?[!-~]*)?", _CLUSTER_TEXT)
 # It gets into a page and its policy: nothing that means something there.
-_ASSETS = rf"https?://(?:{_HOST})(?::[0-9]{{1,5}})?(?:/[A-Za-z0-9@._~-]+)*"
+_ASSETS = _matching(rf"https?://(?:{_HOST})(?::[0-9]{{1,5}})?(?:/[A-Za-z0-9@._~-]+)*", "http[s]://host[:port][/path]")
 _ASSETS_URL = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.33.1"
 _NAME = r"[A-Za-z0-9_%.-]{1,251}"
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_SWITCH = Check("true or false", lambda text: _BOOLEANS[text.lower()])
-_PORT, _PEM, _READABLE = _integer(0, 65535), Check("a readable PEM file", _file), Check("a readable file", _file)
-_PORT_OR_OFF = Check("0 to 65535, or off", lambda text: None if text.lower() == "off" else _PORT.parse(text))
-_PROXIES = Check(
+_SWITCH = "true or false", lambda text: _BOOLEANS[text.lower()]
+_PORT_OR_OFF = "0 to 65535, or off", lambda text: None if text.lower() == "off" else _integer(0, 65535)[1](text)
+_PROXIES = (
     "addresses or networks, with commas",
     lambda text: tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip()),
 )
@@ -145,37 +133,29 @@ _PROXIES = Check(
 class Settings:
     """What the operator can choose; every value is checked before anything starts."""
 
-    # fmt: off
-    couchbase_host: str = _setting(
-        REQUIRED, _matching(_CLUSTER, "host[:port], several with commas, or couchbase[s]://…"), "the cluster")
-    couchbase_user: str = _setting(REQUIRED, _matching(r"[^\x00-\x1f\x7f]{1,128}", "a user name"), "who asks")
-    couchbase_password: str = _setting(
-        None, _matching(r"[^\x00]{1,1024}", "text"), "that user's password", secret=True)
-    couchbase_password_file: str | None = _setting(None, _READABLE, "the file with the password instead")
-    couchbase_bucket: str = _setting("sample_app", _matching(_NAME, "a bucket's name"), "the bucket")
-    couchbase_scope: str = _setting("profiles", _matching(_NAME, "a scope's name"), "the scope of the collections")
-    couchbase_tls: bool = _setting("true", _SWITCH, "TLS to Couchbase, unless the host is a whole URL")
-    couchbase_tls_ca: str | None = _setting(None, _PEM, "the only roots to trust")
-    couchbase_tls_verify: bool = _setting("true", _SWITCH, "whether certificates are verified")
-    couchbase_network: str = _setting(
-        "auto", _choice("auto, default or external"), "which of the nodes' addresses to use")
-    couchbase_timeout_ms: int = _setting("2500", _integer(10, 60_000), "time-out of a key-value operation")
-    couchbase_query_timeout_ms: int = _setting("5000", _integer(10, 120_000), "time-out of a query")
-    port: int = _setting("8080", _PORT, "where the API listens; 0 picks a free port")
-    metrics_port: int | None = _setting("9090", _PORT_OR_OFF, "where /metrics and the probes listen")
-    threads: int = _setting("8", _integer(1, 256), "query threads")
-    max_connections: int = _setting("10000", _integer(1, 1_000_000), "clients")
-    token_refresh_seconds: int = _setting("30", _integer(1, 86_400), "how often the token is read again")
-    shutdown_seconds: int = _setting("20", _integer(0, 3600), "how long running requests may take to finish")
-    cpu_affinity: str = _setting(
-        "auto", _choice("auto or off"), "auto: pinned to one processor at a time, the least used")
-    trusted_proxies: tuple[Network, ...] = _setting("", _PROXIES, "whose X-Forwarded-For names the client")
-    docs_assets_url: str = _setting(
-        _ASSETS_URL, _matching(_ASSETS, "http[s]://host[:port][/path]"),
-        "where /docs loads Swagger UI from: exactly this version")
-    log_level: str = _setting("info", _choice("debug, info, warning or error"), "the least level that is logged")
-    access_log: bool = _setting("true", _SWITCH, "a log line a request")
-    # fmt: on
+    couchbase_host: str = _row(REQUIRED, _CLUSTER, "the cluster")
+    couchbase_user: str = _row(REQUIRED, _matching(r"[^\x00-\x1f\x7f]{1,128}", "a user name"), "who asks")
+    couchbase_password: str = _row(None, _matching(r"[^\0]{1,1024}", "text"), "that user's password", secret=True)
+    couchbase_password_file: str | None = _row(None, ("a readable file", _file), "the file with the password instead")
+    couchbase_bucket: str = _row("sample_app", _matching(_NAME, "a bucket's name"), "the bucket")
+    couchbase_scope: str = _row("profiles", _matching(_NAME, "a scope's name"), "the scope of the collections")
+    couchbase_tls: bool = _row("true", _SWITCH, "TLS to Couchbase, unless the host is a whole URL")
+    couchbase_tls_ca: str | None = _row(None, ("a readable PEM file", _file), "the only roots to trust")
+    couchbase_tls_verify: bool = _row("true", _SWITCH, "whether certificates are verified")
+    couchbase_network: str = _row("auto", _choice("auto, default or external"), "which of the nodes' addresses to use")
+    couchbase_timeout_ms: int = _row("2500", _integer(10, 60_000), "time-out of a key-value operation")
+    couchbase_query_timeout_ms: int = _row("5000", _integer(10, 120_000), "time-out of a query")
+    port: int = _row("8080", _integer(0, 65535), "where the API listens; 0 picks a free port")
+    metrics_port: int | None = _row("9090", _PORT_OR_OFF, "where /metrics and the probes listen")
+    threads: int = _row("8", _integer(1, 256), "query threads")
+    max_connections: int = _row("10000", _integer(1, 1_000_000), "clients")
+    token_refresh_seconds: int = _row("30", _integer(1, 86_400), "how often the token is read again")
+    shutdown_seconds: int = _row("20", _integer(0, 3600), "how long running requests may take to finish")
+    cpu_affinity: str = _row("auto", _choice("auto or off"), "auto: pinned to one processor at a time, the least used")
+    trusted_proxies: tuple[Network, ...] = _row("", _PROXIES, "whose X-Forwarded-For names the client")
+    docs_assets_url: str = _row(_ASSETS_URL, _ASSETS, "where /docs loads Swagger UI from: exactly this version")
+    log_level: str = _row("info", _choice("debug, info, warning or error"), "the least level that is logged")
+    access_log: bool = _row("true", _SWITCH, "a log line a request")
 
     @property
     def connection_string(self) -> str:
@@ -184,15 +164,10 @@ class Settings:
         return self.couchbase_host if whole else f"couchbase{'s' * self.couchbase_tls}://{self.couchbase_host}"
 
 
-ROWS: list[dict[str, Any]] = [
-    {
-        **row.metadata,
-        "name": row.name,
-        "env": "SERVICE_PORT" if row.name == "port" else row.name.upper(),
-        "flag": None if row.metadata["secret"] else "--" + row.name.replace("_", "-"),
-    }
-    for row in fields(Settings)
-]
+ROWS: list[dict[str, Any]] = [{"name": row.name, **row.metadata} for row in fields(Settings)]
+for setting in ROWS:
+    setting["env"] = "SERVICE_PORT" if setting["name"] == "port" else setting["name"].upper()
+    setting["flag"] = None if setting["secret"] else "--" + setting["name"].replace("_", "-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -201,10 +176,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Read every setting: a flag wins over the environment, the environment over the default; empty means not set.
-
-    Raises SettingsError for the first that is missing or not allowed; SystemExit after `--help` and `--version`.
-    """
+    """Read flags, else variables, else defaults; raises SettingsError for a bad one, SystemExit after `--help`."""
     epilog = "Flags win over the environment. COUCHBASE_PASSWORD comes from the environment or a file only."
     parser = _Parser(description=(__doc__ or "").partition("\n")[0], epilog=epilog, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -212,10 +184,9 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         default = "required" if row["default"] is REQUIRED else f"default {row['default'] or 'none'}"
         summary = f"{row['env']}: {row['meaning']} ({row['allowed']}; {default})"
         parser.add_argument(row["flag"], dest=row["name"], metavar="X", help=summary.replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
-    values: dict[str, Any] = {}
+    values = vars(parser.parse_args(argv))
     for row in ROWS:
-        text: Any = given.get(row["name"])
+        text = values.get(row["name"])
         if text is None:  # an empty flag is a mistake; an empty variable is how YAML and shells say "not set"
             text = environ.get(row["env"]) or row["default"]
         where = f"{row['env']} ({row['flag']})" if row["flag"] else row["env"]
@@ -231,17 +202,13 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
 def _with_password(settings: Settings) -> Settings:
     """Take the password from its file, where one is named."""
-    path = settings.couchbase_password_file
-    if bool(path) == bool(settings.couchbase_password):
-        what = "are both set" if path else "are both missing"
-        raise SettingsError(f"COUCHBASE_PASSWORD and COUCHBASE_PASSWORD_FILE {what}; allowed: one of the two")
-    if not path:
-        return settings
-    try:
-        with open(path, encoding="utf-8") as file:
+    path, password = settings.couchbase_password_file, settings.couchbase_password
+    if bool(path) == bool(password):
+        what = "set" if path else "missing"
+        raise SettingsError(f"COUCHBASE_PASSWORD and COUCHBASE_PASSWORD_FILE are both {what}; allowed: one of the two")
+    if path:
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
             password = file.read(4096).rstrip("\r\n")
-    except (OSError, ValueError):
-        password = ""
     if not password:
         what = "no password in it; allowed: a readable file with one line of text"
         raise SettingsError(f"COUCHBASE_PASSWORD_FILE: {what}")
@@ -249,37 +216,26 @@ def _with_password(settings: Settings) -> Settings:
 
 
 # ── Problems ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class ProblemError(Exception):
-    """Raised anywhere while a request is answered, and answered in one place as a problem document (RFC 9457)."""
+    """Raised anywhere while a request is answered, and answered in one place as a problem document (RFC 9457).
 
-    def __init__(
-        self, status: int, detail: str, *headers: str, reasons: Sequence[str] = (), rejected: str = ""
-    ) -> None:
-        """Make a problem.
+    `detail` and `members` are for the caller: never a secret, never another's data. `headers` are whole fields;
+    `rejected` says, of a request refused before it was worked on, why (one of REASONS), for the metrics.
+    """
 
-        Args:
-            status: the HTTP status.
-            detail: what went wrong, for the caller; never a secret, never another's data.
-            *headers: whole header fields (`Name: value`) that belong to this status.
-            reasons: further explanations, a member of their own.
-            rejected: why the request was refused before it was worked on (one of REASONS), for the metrics.
-        """
+    def __init__(self, status: int, detail: str, *headers: str, rejected: str = "", **members: object) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
-        self.reasons, self.rejected = reasons, rejected
+        self.status, self.detail, self.headers, self.rejected, self.members = status, detail, headers, rejected, members
 
     def document(self, request_id: str) -> bytes:
         """Return the body of the answer."""
-        members = {"title": HTTPStatus(self.status).phrase, "status": self.status, "detail": self.detail}
-        more = {"reasons": self.reasons} if self.reasons else {}
-        return json.dumps({**members, "request_id": request_id, **more}).encode()
+        always = {"title": HTTPStatus(self.status).phrase, "status": self.status, "detail": self.detail}
+        return json.dumps({**always, "request_id": request_id, **self.members}).encode()
 
 
-def unavailable(detail: str, *, seconds: int = 1, reasons: Sequence[str] = (), rejected: str = "") -> ProblemError:
+def unavailable(detail: str, *, seconds: int = 1, rejected: str = "", **members: object) -> ProblemError:
     """Return a 503 that tells the caller when to come back (RFC 9110, 10.2.3)."""
-    return ProblemError(503, detail, f"Retry-After: {seconds}", reasons=reasons, rejected=rejected)
+    return ProblemError(503, detail, f"Retry-After: {seconds}", rejected=rejected, **members)
 
 
 # ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
@@ -287,13 +243,10 @@ def unavailable(detail: str, *, seconds: int = 1, reasons: Sequence[str] = (), r
 # but the store's `Get` and `Query`; `resume` steps it, once at the beginning and once for each result.
 
 JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+json", "text/html; charset=utf-8"
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-CHALLENGE, ALLOW = "WWW-Authenticate: Bearer", "Allow: GET, HEAD"
 CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox"  # a picture opened as a page may run nothing
-MAX_KEY_BYTES = 246
+ALLOW, MAX_KEY_BYTES = "Allow: GET, HEAD", 246
 _REJECTED = {400: "malformed", 417: "malformed", 414: "too_large", 431: "too_large", 408: "too_slow"}
 _REPLICA = ((), ("X-Couchbase-Replica: true",))
-HTTP_NO_CONTENT = 204  # an int, as comparing with an HTTPStatus costs ten times as much
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 
@@ -303,12 +256,10 @@ class ProfileHandler(BaseHTTPRequestHandler):
 
     # What is not known yet, as class attributes: an instance is made for each request, and most never change.
     server: ProfileServer
-    headers: Mapping[str, str] = MappingProxyType({})  # type: ignore[assignment]  # the base has others
+    headers: Mapping[str, str] = {}  # type: ignore[assignment]  # the base has others
     command = path = query = route = client = request_id = ""
     request_version = "HTTP/1.1"
-    response = b""
-    status = 0
-    seconds = queue_seconds = 0.0
+    response, status, seconds, queue_seconds = b"", 0, 0.0, 0.0
     operation: Operation | None = None  # the last one of Couchbase that was awaited
     close_connection = True  # until the request is known to be well-formed
     _steps: Coroutine[Awaited, Any, None]
@@ -323,33 +274,29 @@ class ProfileHandler(BaseHTTPRequestHandler):
         request = self.request
         if not isinstance(request, ProblemError):
             self.command, self.path, self.request_version, self.headers = request
+            self.close_connection = self.request_version == "HTTP/1.0"
+            if "connection" in self.headers:
+                named = {option.strip().lower() for option in self.headers["connection"].split(",")}
+                self.close_connection = "close" in named or (self.close_connection and "keep-alive" not in named)
         self.request_id = self.headers.get("x-request-id", "")
         if not self.request_id or not _SANE_REQUEST_ID.fullmatch(self.request_id):
             self.request_id = f"{self.server.request_prefix}-{next(self.server.request_numbers):x}"
-        try:
-            if isinstance(request, ProblemError):
-                raise request
-            options = self.headers.get("connection")
-            self.close_connection = self.request_version == "HTTP/1.0"
-            if options is not None:
-                named = {option.strip().lower() for option in options.split(",")}
-                self.close_connection = "close" in named or (self.close_connection and "keep-alive" not in named)
-            method = getattr(self, "do_" + self.command, None)
-            if method is None:
-                raise ProblemError(405, f"{self.command} is not supported", ALLOW)
-            if self.connection.framer.refused:  # of a request with a body the head is the last thing that is read
-                raise ProblemError(413, "a request has no body here", rejected="too_large")
+        method = getattr(self, "do_" + self.command, None)
+        if isinstance(request, ProblemError):
+            self.send_problem(request)
+        elif method is None:
+            self.send_problem(ProblemError(405, f"{self.command} is not supported", ALLOW))
+        elif self.connection.framer.refused:  # of a request with a body the head is the last thing that is read
+            self.send_problem(ProblemError(413, "a request has no body here", rejected="too_large"))
+        else:
             self._steps = method()
-        except ProblemError as problem:
-            self.send_problem(problem)
-            return True
-        return self.resume(None)
+            return self.resume(None)
+        return True
 
     def resume(self, outcome: Document | list[bytes] | Exception | None) -> bool:
         """Go on with what the last await returns, or raises; return whether the answer is there."""
         try:
-            steps = self._steps
-            awaited = steps.throw(outcome) if isinstance(outcome, Exception) else steps.send(outcome)
+            awaited = self._steps.throw(outcome) if isinstance(outcome, Exception) else self._steps.send(outcome)
             awaited.handler = self
             awaited.loader.load(awaited)
             return False
@@ -374,6 +321,8 @@ class ProfileHandler(BaseHTTPRequestHandler):
         route, _, parameter = path.rpartition("/")
         if path.startswith("/api/"):
             self.require_token()
+        else:
+            self.route = path
         if route == "/api/v1/id":
             self.route = "/api/v1/id/{id}"
             document = await self.stored(USERS, parameter)
@@ -394,28 +343,28 @@ class ProfileHandler(BaseHTTPRequestHandler):
             media_type, image = self.server.pictures.decoded(path, document)
             self.send(200, image, media_type, document.cas, CONTENT_POLICY, *_REPLICA[document.replica])
         elif path == "/healthz":
-            self.send_static(path, b'{"status": "alive"}')
+            self.send(200, b'{"status": "alive"}', JSON_TYPE)
         elif path == "/readyz":
-            self.send_readiness(path)
+            if reasons := self.server.unready_reasons():
+                raise unavailable("not ready", reasons=reasons)
+            ready = {"status": "ready", "breakers": self.server.store.health.breaker_states()}
+            self.send(200, json.dumps(ready).encode(), JSON_TYPE)
         elif path == "/openapi.json":
-            self.send_static(path, openapi())
+            self.send(200, openapi(), JSON_TYPE)
         elif path == "/docs":
             assets_url = self.server.settings.docs_assets_url
-            self.send_static(path, docs_page(assets_url), HTML_TYPE, docs_policy(assets_url))
+            self.send(200, docs_page(assets_url), HTML_TYPE, None, docs_policy(assets_url))
         elif path == "/metrics" and self.connection.internal:
-            self.send_static(path, self.server.scrape(), METRICS_TYPE)
+            self.send(200, self.server.scrape(), "text/plain; version=0.0.4; charset=utf-8")
         else:
+            self.route = ""
             raise ProblemError(404, "no such route")
 
-    def do_HEAD(self) -> Coroutine[Awaited, Any, None]:
-        """Answer as GET would, without the body: `send` leaves it out."""
-        return self.do_GET()
+    do_HEAD = do_GET  # `send` leaves the body out
 
     async def do_OPTIONS(self) -> None:
         """Say which methods there are (RFC 9110, 9.3.7)."""
         self.send(204, b"", "", None, ALLOW)
-
-    # what the branches are made of
 
     def require_token(self) -> None:
         """Check the caller's token: 401, or 503 while the service's own is not known yet."""
@@ -428,7 +377,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             token = credentials.strip(" ") if scheme.lower() == "bearer" else None
         if token is None or not tokens.accepts(token, self.started):
             self.server.metrics.add("auth_failures_total")
-            raise ProblemError(401, "a valid bearer token is required", CHALLENGE)
+            raise ProblemError(401, "a valid bearer token is required", "WWW-Authenticate: Bearer")
 
     def stored(self, collection: str, parameter: str) -> Get:
         """Return what to await for the document `{collection}:{parameter}`; 400 for an id that no key can hold."""
@@ -449,22 +398,8 @@ class ProfileHandler(BaseHTTPRequestHandler):
             raise ProblemError(404, "no match")
         links = []
         if len(rows) > limit and offset + limit <= MAX_OFFSET:
-            following = f"{route}/{quote(value, safe='')}?limit={limit}&offset={offset + limit}"
-            links.append(f'Link: <{following}>; rel="next"')
+            links = [f'Link: <{route}/{quote(value, safe="")}?limit={limit}&offset={offset + limit}>; rel="next"']
         self.send(200, b"[%b]" % b",".join(rows[:limit]), JSON_TYPE, None, *links)
-
-    def send_static(self, route: str, body: bytes, content_type: str = JSON_TYPE, *headers: str) -> None:
-        """Answer with something that the process itself knows."""
-        self.route = route
-        self.send(200, body, content_type, None, *headers)
-
-    def send_readiness(self, route: str) -> None:
-        """Answer whether requests for data are welcome; a 503 has the reasons why not."""
-        self.route = route
-        if reasons := self.server.unready_reasons():
-            raise unavailable("not ready", reasons=reasons)
-        ready = {"status": "ready", "breakers": self.server.store.health.breaker_states()}
-        self.send_static(route, json.dumps(ready).encode())
 
     def send_problem(self, problem: ProblemError) -> None:
         """Answer with a problem document."""
@@ -473,33 +408,23 @@ class ProfileHandler(BaseHTTPRequestHandler):
         self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, *problem.headers)
 
     def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, *headers: str) -> None:
-        """Put the whole answer together; the connection writes it.
-
-        A 200 becomes a 304 if `cas`, of which the ETag is made, is what the caller has; HEAD gets no body; further
-        header fields are whole lines.
-        """
-        # what is not there is empty: putting all together at once takes half the time of one after the other
-        typed = tag = cached = kept = further = ""
-        if status != HTTP_NO_CONTENT:  # which may not have a length (RFC 9110, 8.6)
-            typed = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
-        if cas is not None:
-            tag = f'ETag: "{cas:x}"\r\n'
-            if "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], tag[6:-2]):
-                status, body = 304, b""
+        """Put the whole answer together; a 304 if `cas`, of which the ETag is made, is what the caller has."""
+        # a 204 has no type, and may not have a length (RFC 9110, 8.6)
+        typed = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n" if content_type else ""
+        tag = "" if cas is None else f'ETag: "{cas:x}"\r\n'
+        if tag and "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], tag[6:-2]):
+            status, body = 304, b""
         framer = self.connection.framer
         if framer.refused or (self.server.draining and not framer.partial):
             self.close_connection = True
-        if self.path.startswith("/api/"):
-            cached = "Cache-Control: private, no-cache\r\n"
+        kept = "Connection: keep-alive\r\n" if self.request_version == "HTTP/1.0" else ""
         if self.close_connection:
             kept = "Connection: close\r\n"
-        elif self.request_version == "HTTP/1.0":
-            kept = "Connection: keep-alive\r\n"
-        if headers:
-            further = "\r\n".join((*headers, ""))
+        cached = "Cache-Control: private, no-cache\r\n" if self.path.startswith("/api/") else ""
+        further = "\r\n".join((*headers, "")) if headers else ""
         if self.command == "HEAD":
             body = b""
-        head = (
+        head = (  # at once, which takes half the time of one field after the other
             f"{_STATUS_LINES[status]}Date: {http_date(int(time.time()))}\r\nX-Request-ID: {self.request_id}\r\n"
             f"X-Content-Type-Options: nosniff\r\n{typed}{tag}{cached}{kept}{further}\r\n"
         )
@@ -513,12 +438,14 @@ class ProfileHandler(BaseHTTPRequestHandler):
 
 USERS, IMAGES, AUTH = "user_data", "user_images", "service_auth"
 TOKEN_KEY, TOKEN_PATH = "service_auth:1", "token"
-
+_INDEXED = ("nickname", "user_id")
 # Constant texts: a caller's value is only ever a named parameter.
 PROFILES_BY_NICKNAME, PROFILES_BY_USERNAME = (
     f"SELECT RAW p FROM `{USERS}` AS p WHERE p.`{name}` = $value ORDER BY META(p).id LIMIT $limit OFFSET $offset"  # noqa: S608
-    for name in ("nickname", "user_id")
+    for name in _INDEXED
 )
+PROVISION = "create the schema: python -m tests.sample_data --help"
+MISSING_INDEX = "; ".join(f"CREATE INDEX by_{name} IF NOT EXISTS ON `{USERS}`({name})" for name in _INDEXED)
 
 
 class FatalError(Exception):
@@ -569,25 +496,17 @@ class Failure(NamedTuple):
     outage: bool = False  # speaks of the service, not of the request: counts for the breaker
 
 
-PROVISION = "create the schema: python -m tests.sample_data --help"
-MISSING_INDEX = (
-    f"CREATE INDEX by_nickname IF NOT EXISTS ON `{USERS}`(nickname); "
-    f"CREATE INDEX by_user_id IF NOT EXISTS ON `{USERS}`(user_id)"
-)
 _OUT_OF_REACH, _SCHEMA = "Couchbase is out of reach", "the database's schema is incomplete"
 _TOO_SLOW = "Couchbase did not answer in time"
 _REFUSED = "Couchbase refuses the user: check COUCHBASE_USER, its password, and that it may read this scope"
 _TIMEOUTS = (cb.AmbiguousTimeoutException, cb.UnAmbiguousTimeoutException, cb.TimeoutException)
-_OUTAGES = (
-    *(cb.TemporaryFailException, cb.ServiceUnavailableException, cb.RequestCanceledException),
-    *(cb.MissingConnectionException, cb.InternalServerFailureException, cb.RateLimitedException),
-    *(cb.QuotaLimitedException, cb.HTTPException, cb.DocumentUnretrievableException),
-)
+_OUTAGES: tuple[Any, ...] = (cb.TemporaryFailException, cb.ServiceUnavailableException, cb.RequestCanceledException)
+_OUTAGES += (cb.MissingConnectionException, cb.InternalServerFailureException, cb.RateLimitedException)
+_OUTAGES += (cb.QuotaLimitedException, cb.HTTPException, cb.DocumentUnretrievableException)
 _NO_BUCKET = (cb.BucketNotFoundException, cb.BucketDoesNotExistException)
 _UNKNOWN = (cb.ScopeNotFoundException, cb.CollectionNotFoundException, cb.KeyspaceNotFoundException)
 _NO_SCHEMA = Failure(_UNKNOWN, 500, _SCHEMA, PROVISION)
 _NO_INDEX = Failure((cb.QueryIndexNotFoundException,), 500, _SCHEMA, MISSING_INDEX)
-
 # In this order: the first row that fits counts.
 FAILURES = (
     Failure((cb.DocumentNotFoundException,), 404, "no such document"),
@@ -602,18 +521,15 @@ FAILURES = (
 )
 UNEXPECTED = Failure((), 500, "unexpected failure", "not foreseen: see the error")
 
-# What the SDK has no class of its own for: by the query service's code, and by the reason of a retry.
-_FAILURES_BY_CODE = {4000: _NO_INDEX, 12003: _NO_SCHEMA, 12021: _NO_SCHEMA}
-_COLLECTION_UNKNOWN = "key_value_collection_outdated"
-
 
 def failure_of(error: BaseException) -> Failure:
     """Return the row of the failure map for an exception."""
     if type(error) is cb.DocumentNotFoundException:  # by far the most frequent
         return FAILURES[0]
     context = error_context(error)
-    by_code = _FAILURES_BY_CODE.get(context.get("first_error_code") or 0)
-    if by_code or _COLLECTION_UNKNOWN in (context.get("retry_reasons") or ()):
+    # what the SDK has no class of its own for: by the query service's code, and by the reason of a retry
+    by_code = {4000: _NO_INDEX, 12003: _NO_SCHEMA, 12021: _NO_SCHEMA}.get(context.get("first_error_code") or 0)
+    if by_code or "key_value_collection_outdated" in (context.get("retry_reasons") or ()):
         return by_code or _NO_SCHEMA
     return next((row for row in FAILURES if isinstance(error, row.exceptions)), UNEXPECTED)
 
@@ -626,14 +542,12 @@ def outcome_of(error: BaseException) -> str:
 class ProfileStore:
     """Gets documents and runs queries for handlers, and says what a failure means."""
 
-    adhoc_seconds = 60.0  # for which statements go unprepared after the SDK has lost a query
-
     def __init__(self, settings: Settings, log: Log, metrics: Metrics) -> None:
         self._log, self._metrics = log, metrics
         self.database = Database(settings)
         self.tokens = Tokens(settings.token_refresh_seconds)
         self.health = Health(self.database, self.tokens, log, metrics)
-        self.adhoc_until = 0.0  # monotonic seconds
+        self.adhoc_until = 0.0  # until then, in monotonic seconds, statements go unprepared
         self.loader = Loader(self, settings.threads, log)
 
     def get(self, collection: str, key: str) -> Get:
@@ -655,7 +569,7 @@ class ProfileStore:
             outcome = min(outcomes if name != "get_multi" else outcomes - {"not_found"}, default="ok")
         operation = Operation(name, collection, started, seconds, outcome, len(documents) + len(errors))
         self._metrics.finished.append(operation)
-        outages = [key for key, error in errors.items() if failure_of(error).outage]
+        outages = [key for key, error in errors.items() if failure_of(error).outage] if errors else []
         if documents or len(outages) < len(errors):
             breaker, ended = self.health.breaker, started + seconds
             if name == "get_any_replica":
@@ -667,8 +581,7 @@ class ProfileStore:
         for key in outages:
             self.health.failed(key, operation)
         for key, error in errors.items():  # of a replica also what is not there: the node that would know is down
-            replica = name == "get_any_replica"
-            judged[key] = unavailable(_OUT_OF_REACH) if replica else self.problem(error, "get")
+            judged[key] = unavailable(_OUT_OF_REACH) if name == "get_any_replica" else self.problem(error, "get")
         return operation, judged
 
     def judge_rows(self, outcome: list[bytes] | Exception, operation: Operation) -> list[bytes] | ProblemError:
@@ -681,15 +594,13 @@ class ProfileStore:
         return self.problem(outcome, "query") if isinstance(outcome, Exception) else outcome
 
     def give_up_query(self, started: float, route: str) -> ProblemError:
-        """Take note of a query that was begun at `started` and that the SDK has not given back in time.
-
-        It never does when the server has forgotten a prepared statement (4040): the SDK (4.3 to 4.6) prepares it again
-        and loses the rows, the thread and the connection. So for a minute statements are not prepared.
-        """
+        """Take note of a query, begun at `started`, that the SDK has not given back in time; return a 504."""
+        # It never does when the server has forgotten a prepared statement (4040): the SDK (4.3 to 4.6) prepares it
+        # again and loses the rows, the thread and the connection. So for a minute statements are not prepared.
         self._log.event("error", "a query is overdue; its worker is given up", route=route)
         now = time.monotonic()
         self.health.query_breaker.failed(started, now)
-        self.adhoc_until = now + self.adhoc_seconds
+        self.adhoc_until = now + 60.0
         return ProblemError(504, _TOO_SLOW)
 
     def problem(self, error: Exception, operation: str) -> ProblemError:
@@ -703,17 +614,10 @@ class ProfileStore:
 
 
 # ── The server ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class ProfileServer(ThreadingHTTPServer):
-    """Serves all clients from one event loop; the threads are those of the store's pools.
-
-    Of its base classes' it has the binding (`server_bind`), `server_address`, `serve_forever`, `shutdown`,
-    `service_actions` and `server_close`. Accepting, reading, writing, timers and signals are asyncio's.
-    """
+    """One event loop serves all clients; threads are the store's pools'. The base classes bind, and name the hooks."""
 
     request_queue_size = 1024
-    drain_idle_seconds = 1.0  # how long a drain waits for the next request of an idle connection
 
     def __init__(self, settings: Settings, store: ProfileStore, log: Log, metrics: Metrics) -> None:
         """Bind both ports (OSError if one is in use); nothing is served before `serve_forever`."""
@@ -722,44 +626,27 @@ class ProfileServer(ThreadingHTTPServer):
         self.tracer: Any = None
         self.processor: Processor | None = None
         self.namespace = f"{settings.couchbase_bucket}.{settings.couchbase_scope}"
-        self.request_prefix = secrets.token_hex(6)  # with a number behind it, a request id that no other process makes
+        self.request_prefix = os.urandom(6).hex()  # with a number behind it, a request id that no other process makes
         self.request_numbers = itertools.count(1)
         self.connections: set[Connection] = set()
         self.clients = 0  # connections but for those of the metrics port
-        self.draining = False
+        self.draining = self._is_ready = False
         self.failure = ""  # what waiting cannot cure
         self.answered: list[ProfileHandler] = []  # in this turn, which are still to be counted and logged
         self._stopping = asyncio.Event()
-        self._is_ready = False
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self.metrics_socket = None if settings.metrics_port is None else self._listen(settings.metrics_port)
         super().__init__(("", settings.port), ProfileHandler)
-
-    @property
-    def metrics_port(self) -> int | None:
-        """The port of the metrics and probes, None if there is none."""
-        return self.metrics_socket.getsockname()[1] if self.metrics_socket else None
 
     def server_bind(self) -> None:
         """Bind without the base class's reverse name look-up, which may hang for seconds."""
         self.socket.close()
         self.socket = self._listen(self.settings.port)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def _listen(self, port: int) -> socket.socket:
         family, both = self.address_family, self.address_family == socket.AF_INET6
-        listener = socket.create_server(("", port), family=family, backlog=self.request_queue_size, dualstack_ipv6=both)
-        listener.setblocking(False)
-        return listener
-
-    def server_close(self) -> None:
-        """Close both listening sockets."""
-        super().server_close()
-        if self.metrics_socket:
-            self.metrics_socket.close()
-
-    # from start to stop
+        return socket.create_server(("", port), family=family, backlog=self.request_queue_size, dualstack_ipv6=both)
 
     def serve_forever(self, poll_interval: float = 1.0) -> None:
         """Serve until drained (`shutdown`, SIGTERM or SIGINT); look at deadlines every `poll_interval` seconds."""
@@ -783,36 +670,30 @@ class ProfileServer(ThreadingHTTPServer):
         keeper = loop.create_task(self._keep_ready())
         while not self._stopping.is_set():
             self.service_actions()
-            await wait_for(self._stopping, poll_interval)
-        await self._drain(listening)
-        keeper.cancel()
-        for number in STOP_SIGNALS:  # a second one must not kill what is about to end with its own exit code
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
-        for connection in self.connections:
-            connection.transport.abort()
-
-    async def _drain(self, listening: asyncio.Server) -> None:
-        """Let nobody in any more, and wait until all clients have their answers and are gone.
-
-        The socket closes before anyone is told to close: who then comes back must not find this one.
-        """
-        loop, started, admitted = asyncio.get_running_loop(), time.monotonic(), []
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), poll_interval)
+        # now it drains: nobody is let in any more, and all clients get their answers
+        started, admitted = time.monotonic(), []
         with contextlib.suppress(OSError):  # none is left
             while True:
                 admitted.append(self.socket.accept()[0])  # whoever the kernel has already let in
-        listening.close()
+        listening.close()  # before anyone is told to close: who then comes back must not find this one
         for client in admitted:
-            client.setblocking(False)
             await loop.connect_accepted_socket(lambda: Connection(self), client)
         self.draining = True
         self.tell_ready()
         while self.clients and time.monotonic() < started + self.settings.shutdown_seconds:
             for connection in self.connections:
                 if connection.state == Connection.READING and not connection.framer.partial:
-                    connection.deadline = min(connection.deadline, started + self.drain_idle_seconds)
+                    connection.deadline = min(connection.deadline, started + 1.0)  # for one more request
             self.service_actions()
             await asyncio.sleep(0.02)
+        keeper.cancel()
+        for number in STOP_SIGNALS:  # a second one must not kill what is about to end with its own exit code
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+        for connection in self.connections:
+            connection.transport.abort()
 
     def service_actions(self) -> None:
         """Keep the connections' deadlines."""
@@ -847,14 +728,14 @@ class ProfileServer(ThreadingHTTPServer):
         while True:
             self.tell_ready()
             await asyncio.sleep(0.2)
-            await wait_for(health.check_due, min(health.check_seconds, period) * random.uniform(0.6, 0.9))  # noqa: S311
+            longest = min(health.check_seconds, period) * random.uniform(0.6, 0.9)  # noqa: S311  # not a secret
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(health.check_due.wait(), longest)
             health.check_due.clear()
             try:
                 await health.check()
             except Exception as error:
                 self.log.event("error", "the background check failed", error=describe(error))
-
-    # what the handlers need
 
     def unready_reasons(self) -> list[str]:
         """Say why requests for data are not welcome; empty means ready."""
@@ -887,42 +768,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_SECONDS = 0.6  # for which the end waits for the collector of traces, the SDK, and the log
 
 
-async def wait_for(event: asyncio.Event, seconds: float) -> None:
-    """Wait for an event, but not for longer."""
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
-
-
 def backoff(low: float = 0.2, high: float = 5.0) -> Iterator[float]:
     """Yield seconds to wait between tries: doubling from `low` to `high`, with jitter so that replicas spread out."""
     delay = low
     while True:
         yield delay * random.uniform(0.5, 1.0)  # noqa: S311  # not a secret
         delay = min(high, delay * 2)
-
-
-def serve(server: ProfileServer) -> int:
-    """Run the server until a signal or a fatal failure; return the exit code."""
-    settings, log = server.settings, server.log
-    cluster, bucket, scope = settings.connection_string, settings.couchbase_bucket, settings.couchbase_scope
-    ports = {"address": server.server_address[0], "port": server.server_port, "metrics_port": server.metrics_port}
-    couchbase = {"cluster": cluster, "bucket": bucket, "scope": scope}
-    log.event("info", "listening", version=__version__, **ports, **couchbase, threads=settings.threads)
-    if not settings.couchbase_tls_verify:
-        log.event("warning", "Couchbase's certificate is not verified: COUCHBASE_TLS_VERIFY is false")
-    if cluster.startswith("couchbase:"):
-        log.event("warning", "the connection to Couchbase is not encrypted")
-    log.event("debug", "pinned to a processor", processor=server.processor and server.processor.pinned)
-    server.tracer = find_tracer()
-    server.serve_forever()
-    server.server_close()
-    for call in (stop_tracing, server.store.database.close):  # either may block
-        closing = threading.Thread(target=call, daemon=True)
-        closing.start()
-        closing.join(EXIT_SECONDS)
-    log.event("info", "stopped")
-    log.close(EXIT_SECONDS)
-    return 1 if server.failure else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -940,8 +791,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         ports = f"SERVICE_PORT {settings.port} or METRICS_PORT {settings.metrics_port}"
         print(f"micro_svc_demo: cannot listen on {ports}: {error.strerror}", file=sys.stderr)
         return 1
-    server.processor = processor
-    return serve(server)
+    server.processor, server.tracer = processor, find_tracer()
+    address, port, cluster = *server.server_address[:2], settings.connection_string
+    metrics_port = server.metrics_socket.getsockname()[1] if server.metrics_socket else None
+    listening = {"address": address, "port": port, "metrics_port": metrics_port, "cluster": cluster}
+    listening |= {"bucket": settings.couchbase_bucket, "scope": settings.couchbase_scope, "threads": settings.threads}
+    log.event("info", "listening", version=__version__, **listening)
+    if not settings.couchbase_tls_verify:
+        log.event("warning", "Couchbase's certificate is not verified: COUCHBASE_TLS_VERIFY is false")
+    if cluster.startswith("couchbase:"):
+        log.event("warning", "the connection to Couchbase is not encrypted")
+    log.event("debug", "pinned to a processor", processor=processor and processor.pinned)
+    server.serve_forever()
+    for listener in filter(None, (server.socket, server.metrics_socket)):
+        listener.close()
+    for call in (stop_tracing, server.store.database.close):  # either may block
+        closing = threading.Thread(target=call, daemon=True)
+        closing.start()
+        closing.join(EXIT_SECONDS)
+    log.event("info", "stopped")
+    log.close(EXIT_SECONDS)
+    return 1 if server.failure else 0
 
 
 # ══ Part two: the engine room ═════════════════════════════════════════════════════════════════════════════════════════
@@ -949,26 +819,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ── HTTP/1.1 messages (RFC 9112) ──────────────────────────────────────────────────────────────────────────────────────
 # Pure: bytes in, heads or problems out. A `Connection` feeds its `Framer` with what it receives.
 
-MAX_TARGET_BYTES, MAX_HEAD_BYTES, MAX_FIELDS = 8192, 16384, 100
+MAX_TARGET_BYTES, MAX_HEAD_BYTES, MAX_FIELDS, _MOST_REMEMBERED_BYTES = 8192, 16384, 100, 1024
 _END_OF_HEAD = b"\r\n\r\n"
 _REQUEST_LINE = re.compile(r"([A-Z][A-Z0-9_-]{0,31}) ([!-\"$-~]++) (HTTP/1\.[01])")  # possessive, so that it is linear
-_FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++")
+_FIELD = re.compile(r"^([!#$%&'*+\-.^_`|~0-9A-Za-z]++): ?(.*)\r\n", re.MULTILINE)
 # What a head may be made of between its line ends, and what must be left of it without that.
 _TEXT = bytes(byte for byte in range(256) if byte == ord("\t") or (byte >= ord(" ") and byte != 0x7F))  # noqa: PLR2004
 _LINE_ENDS = b"\r\n" * MAX_HEAD_BYTES
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _AUTHORITY = re.compile(rf"(?:{_HOST})(?::[0-9]{{0,5}})?")
-_ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE | re.DOTALL)
+# The forms of a target but for a path; the last two belong to one method each.
+_ABSOLUTE_FORM = re.compile(rf"(?i:https?)://({_AUTHORITY.pattern})((?:[/?].*)?)")
+_OTHER_FORMS = re.compile(rf"OPTIONS \* |CONNECT {_AUTHORITY.pattern} ")
 # What can still become a head: clients of other protocols need not wait for the time-out of one.
 _BEGINNING = re.compile(rb"(?:\r\n)?(?:[A-Z][A-Z0-9_-]{0,31}(?: |\Z)|\Z)|\r\Z")
-_BEGINNING_BYTES = 40
 # Fields of which a second one would leave it open which of the two counts.
-_SINGLE_FIELDS = frozenset(
-    ("authorization", "content-length", "content-type", "expect", "host", "transfer-encoding", "x-access-token")
-)
-# What a gateway that turns dashes into underscores (as CGI does) would take for the framing.
-_DISGUISED_FIELDS = frozenset(("content_length", "transfer_encoding"))
-_LONGEST_KNOWN_NAME, _MOST_REMEMBERED_BYTES = 64, 1024
+_SINGLE_FIELD = re.compile("authorization|content-length|content-type|expect|host|transfer-encoding|x-access-token")
 
 
 class Head(NamedTuple):
@@ -981,96 +847,51 @@ class Head(NamedTuple):
 
 
 def parse_head(raw: bytes) -> Head:
-    """Parse one request head strictly, from the request line to the empty line, both included.
-
-    Raises:
-        ProblemError: 400, 414, 417 or 431; the connection cannot go on after it.
-    """
-    text = raw.decode("latin-1")
-    lines = text.split("\r\n")
-    if raw.translate(None, _TEXT) != _LINE_ENDS[: 2 * len(lines) - 2]:
+    """Parse one whole request head strictly; ProblemError: 400, 414, 417 or 431, and the connection cannot go on."""
+    line, _, rest = raw.decode("latin-1").removeprefix("\r\n").partition("\r\n")
+    if (ends := raw.translate(None, _TEXT)) != _LINE_ENDS[: len(ends)]:
         raise ProblemError(400, "a control character, or a line that ends with a bare CR or LF")
-    if not lines[0]:
-        del lines[0]
-    if lines[-2:] != ["", ""]:
-        raise ProblemError(400, "the head does not end with an empty line")
-    line = _REQUEST_LINE.fullmatch(lines[0])
-    if line is None:
+    if not (parts := _REQUEST_LINE.fullmatch(line)):
         raise ProblemError(400, "malformed request line")
-    method, target, version = line.groups()
-    del lines[-2:], lines[0]
-    pairs = [_parse_field(row) for row in lines]
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        found = _join_repeated(pairs)
+    method, target, version = parts.groups()
+    pairs = [(name.lower(), value.strip(" \t")) for name, value in _FIELD.findall(rest)]
+    if len(pairs) != rest.count("\n") - 1 or not raw.endswith(_END_OF_HEAD):
+        raise ProblemError(400, "malformed header field")
+    fields: dict[str, str] = {}
+    for name, value in pairs:
+        if name not in fields:
+            fields[name] = value
+        elif not _SINGLE_FIELD.fullmatch(name):
+            fields[name] = f"{fields[name]}, {value}"  # RFC 9110, 5.3
+        elif name != "content-length" or fields[name] != value:
+            raise ProblemError(400, f"more than one {name}")
+    if "content_length" in fields or "transfer_encoding" in fields:  # the framing, to gateways that turn - into _ (CGI)
+        raise ProblemError(400, "a framing field under a disguised name")
     if len(target) > MAX_TARGET_BYTES:
         raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
-    if len(lines) > MAX_FIELDS or len(raw) > MAX_HEAD_BYTES:
+    if len(pairs) > MAX_FIELDS or len(raw) > MAX_HEAD_BYTES:
         raise ProblemError(431, f"the head has more than {MAX_FIELDS} fields or {MAX_HEAD_BYTES} bytes")
-    host = found.get("host")
+    host = fields.get("host")
     if (host is None and version == "HTTP/1.1") or (host and not _AUTHORITY.fullmatch(host)):
         raise ProblemError(400, "missing or malformed Host")
-    if target[0] != "/":
-        target = _origin_form(method, target, found)
-    if "expect" in found and version == "HTTP/1.1" and found["expect"].lower() != "100-continue":
+    if target[0] != "/" and not _OTHER_FORMS.match(line):
+        if not (absolute := _ABSOLUTE_FORM.fullmatch(target)):
+            raise ProblemError(400, "the target is neither a path nor an absolute http URL")
+        fields["host"] = absolute[1]  # its authority replaces Host (RFC 9112, 3.2.2)
+        target = absolute[2] if absolute[2].startswith("/") else f"/{absolute[2]}"
+    if "expect" in fields and version == "HTTP/1.1" and fields["expect"].lower() != "100-continue":
         raise ProblemError(417, "the only expectation that can be met is 100-continue")
-    return tuple.__new__(Head, (method, target, version, found))  # half the time of Head's own
-
-
-def _parse_field(row: str) -> tuple[str, str]:
-    """Return one field's name in lower case, and its value without the white space around it."""
-    name, colon, value = row.partition(":")
-    lower = _field_name if len(name) <= _LONGEST_KNOWN_NAME else _field_name.__wrapped__
-    return lower(name if colon else ""), value.strip(" \t")
-
-
-@functools.lru_cache(maxsize=512)
-def _field_name(name: str) -> str:
-    """Check a field's name and return it in lower case; those that come by again and again are remembered."""
-    if not _FIELD_NAME.fullmatch(name):
-        raise ProblemError(400, "malformed header field")
-    if name.lower() in _DISGUISED_FIELDS:
-        raise ProblemError(400, "a framing field under a disguised name")
-    return name.lower()
-
-
-def _join_repeated(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Join the values of repeated fields with commas (RFC 9110, 5.3), except where only one is allowed."""
-    joined: dict[str, str] = {}
-    for name, value in pairs:
-        if name not in joined:
-            joined[name] = value
-        elif name not in _SINGLE_FIELDS:
-            joined[name] = f"{joined[name]}, {value}"
-        elif name != "content-length" or joined[name] != value:
-            raise ProblemError(400, f"more than one {name}")
-    return joined
-
-
-def _origin_form(method: str, target: str, found: dict[str, str]) -> str:
-    """Reduce an absolute-form target to its path and query; its authority replaces Host (RFC 9112, 3.2.2).
-
-    The other two forms belong to one method each: `*` to OPTIONS, a bare authority to CONNECT.
-    """
-    if (method == "OPTIONS" and target == "*") or (method == "CONNECT" and _AUTHORITY.fullmatch(target)):
-        return target
-    absolute = _ABSOLUTE_FORM.fullmatch(target)
-    if absolute is None or not absolute[1] or not _AUTHORITY.fullmatch(absolute[1]):
-        raise ProblemError(400, "the target is neither a path nor an absolute http URL")
-    found["host"] = absolute[1]
-    return absolute[2] if absolute[2].startswith("/") else f"/{absolute[2]}"
+    return tuple.__new__(Head, (method, target, version, fields))  # half the time of Head's own
 
 
 def announces_body(head: Head) -> bool:
     """Tell whether a body follows the head (RFC 9112, 6.3); 400 for framing that could be read in two ways."""
     length, coding = head.fields.get("content-length"), head.fields.get("transfer-encoding")
-    if coding is not None:
-        if length is not None or head.version == "HTTP/1.0" or coding.lower() != "chunked":
-            raise ProblemError(400, "Transfer-Encoding is not exactly chunked, or stands beside Content-Length")
-        return True
+    if coding is not None and (length is not None or head.version == "HTTP/1.0" or coding.lower() != "chunked"):
+        raise ProblemError(400, "Transfer-Encoding is not exactly chunked, or stands beside Content-Length")
     if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
         raise ProblemError(400, "malformed Content-Length")
-    return length is not None and int(length) > 0
+    return coding is not None or int(length or 0) > 0
 
 
 class Framer:
@@ -1079,11 +900,10 @@ class Framer:
     __slots__ = ("_again", "_fields", "_scanned", "inbox", "refused")
 
     def __init__(self) -> None:
-        self.inbox = bytearray()  # what is not returned yet
+        self.inbox, self.refused = bytearray(), False  # what is not returned yet; whether nothing more is taken
         self._scanned = 0  # how much of the inbox is known to hold no end of head
         self._fields = b""  # as they came with the last request, which is `_again`
         self._again: Head | None = None
-        self.refused = False  # nothing more is taken
 
     @property
     def partial(self) -> bool:
@@ -1091,21 +911,17 @@ class Framer:
         return len(self.inbox) > 0 and not b"\r\n".startswith(self.inbox)
 
     def take_whole(self, data: bytes) -> Head | None:
-        """Return the head if the data is one whole request without a body and nothing else: the common case.
-
-        Most clients send the same fields with each request of a connection: those are parsed once. Whatever is wrong
-        with the request is for `feed` to find.
-        """
+        """Return the head if the data is one whole request without a body and nothing else: the common case."""
         if self.inbox or self.refused or not data.endswith(_END_OF_HEAD) or len(data) > MAX_TARGET_BYTES:
             return None
         line, _, fields = data.partition(b"\r\n")
-        if fields == self._fields and self._again is not None:
-            found, again = _REQUEST_LINE.fullmatch(line.decode("latin-1")), self._again
-            if found is not None and found[3] == again.version and found[2][0] == "/":
-                return tuple.__new__(Head, (found[1], found[2], again.version, again.fields))
+        if self._again and fields == self._fields:  # most clients send the same ones with each request: parsed once
+            parts = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
+            if parts and parts[3] == self._again.version and parts[2][0] == "/":
+                return tuple.__new__(Head, (parts[1], parts[2], parts[3], self._again.fields))
         try:
             head = parse_head(data)
-        except ProblemError:
+        except ProblemError:  # which is for `feed` to tell
             return None
         if "content-length" in head.fields or "transfer-encoding" in head.fields:
             return None
@@ -1114,22 +930,24 @@ class Framer:
         return head
 
     def feed(self, data: bytes, room: int = 1 << 30) -> list[Head | ProblemError]:
-        """Take what was received; return at most `room` heads that are whole, or last what is wrong with the stream.
-
-        The data may be empty, to get what an earlier call had no room for.
-        """
+        """Take what was received, if anything; return at most `room` whole heads, last what is wrong behind them."""
         if room and (whole := self.take_whole(data)):
             return [whole]
         found: list[Head | ProblemError] = []
-        if self.refused:
-            return found
-        self.inbox += data
+        if not self.refused:
+            self.inbox += data
         try:
-            while len(found) < room and not self.refused and (head := self._next()) is not None:
-                body = announces_body(head)
-                found.append(head)
-                if body:
+            while len(found) < room and not self.refused:
+                end = self.inbox.find(_END_OF_HEAD, max(0, self._scanned - 3)) + len(_END_OF_HEAD)
+                if not len(_END_OF_HEAD) <= end <= MAX_HEAD_BYTES:
+                    self._check_beginning()
+                    break
+                head = parse_head(bytes(self.inbox[:end]))
+                del self.inbox[:end]
+                self._scanned = 0
+                if announces_body(head):
                     self.refuse()
+                found.append(head)
         except ProblemError as problem:
             found.append(problem)
             self.refuse()
@@ -1139,25 +957,15 @@ class Framer:
         """Forget what is buffered and take no more."""
         self.refused, self.inbox = True, bytearray()
 
-    def _next(self) -> Head | None:
-        end = self.inbox.find(_END_OF_HEAD, max(0, self._scanned - 3))
-        if end < 0 or end + 4 > MAX_HEAD_BYTES:
-            self._check_beginning()
-            return None
-        head = parse_head(bytes(self.inbox[: end + 4]))
-        del self.inbox[: end + 4]
-        self._scanned = 0
-        return head
-
     def _check_beginning(self) -> None:
         """Refuse what can never become a valid head; the same bytes get the same answer however they were cut."""
-        inbox, scanned, end = self.inbox, self._scanned, min(len(self.inbox), MAX_HEAD_BYTES + 1)
-        if scanned < _BEGINNING_BYTES and not _BEGINNING.match(inbox[:_BEGINNING_BYTES]):
+        end = min(len(self.inbox), MAX_HEAD_BYTES + 1)
+        if not _BEGINNING.match(self.inbox):
             raise ProblemError(400, "malformed request line")
-        if _BARE_LINE_END.search(inbox, max(0, scanned - 1), end):
+        if _BARE_LINE_END.search(self.inbox, max(0, self._scanned - 1), end):
             raise ProblemError(400, "a line ends with a bare CR or LF")
         self._scanned = end
-        if end > MAX_HEAD_BYTES and inbox.find(b"\r\n", 2, end) < 0:
+        if end > MAX_HEAD_BYTES and self.inbox.find(b"\r\n", 2, end) < 0:
             raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
         if end > MAX_HEAD_BYTES:
             raise ProblemError(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
@@ -1180,17 +988,13 @@ class Framer:
 
 
 class EndOfTurn(selectors.DefaultSelector):
-    """The event loop's selector, which the loop asks for events at the end of each turn.
-
-    What is done best once a turn is done here: documents are fetched, and answers that have been sent are logged.
-    """
+    """The event loop's selector: asked at the end of each turn, it has documents fetched and answers logged first."""
 
     gather_seconds = 0.001  # at most, for which more is read before documents are fetched
 
     def __init__(self, server: ProfileServer) -> None:
         super().__init__()
-        self._server = server
-        self._until = 0.0  # when documents that wait are fetched whatever comes; monotonic seconds
+        self._server, self._until = server, 0.0  # when what waits is fetched whatever comes; monotonic seconds
 
     def select(self, timeout: float | None = None) -> Any:
         """Return the next events."""
@@ -1224,34 +1028,26 @@ class Connection(asyncio.Protocol):
     head_seconds, idle_seconds, write_seconds, linger_seconds = 10.0, 75.0, 30.0, 2.0
     receive_bytes = 16_384  # at a time
     buffered_bytes = 32_768  # behind the request that is being answered; then reading pauses
-
-    __slots__ = (
-        *("address", "closes_at", "deadline", "ended", "framer", "internal", "last", "server", "state", "transport"),
-        "unsent",
-    )
     transport: Any  # asyncio.Transport
+    last: ProfileHandler  # whose answer is being written
+    unsent: int  # bytes of it, when that was looked at last
 
-    def __init__(self, server: ProfileServer, *, internal: bool = False) -> None:
-        """Prepare; `internal` says whether it came in by the metrics port."""
-        self.server, self.internal = server, internal
-        self.framer = Framer()
-        self.state = self.READING
+    def __init__(self, server: ProfileServer, *, internal: bool = False) -> None:  # internal: by the metrics port
+        self.server, self.internal, self.framer = server, internal, Framer()
+        self.state, self.deadline = self.READING, time.monotonic() + self.idle_seconds
         self.ended = False  # the client has sent its last byte
-        self.last: ProfileHandler | None = None  # whose answer is being written
-        self.unsent = 0  # bytes of it, when that was looked at last
-        self.deadline = time.monotonic() + self.idle_seconds
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the client in, unless there are too many."""
         self.transport, server = transport, self.server
         self.transport.max_size = self.receive_bytes
         self.transport.set_write_buffer_limits(high=0)  # `pause_writing` means: not all of the answer is sent
-        peer = transport.get_extra_info("peername") or ("",)  # none if it is gone already
-        self.address = peer[0].removeprefix("::ffff:")
+        peer = transport.get_extra_info("peername")
+        self.address = peer[0].removeprefix("::ffff:") if peer else ""  # it may be gone already
         server.connections.add(self)
         server.clients += not self.internal
         if server.clients > server.settings.max_connections and not self.internal:
-            self._refuse(unavailable("too many connections", rejected="overloaded"))
+            self._answer(unavailable("too many connections", rejected="overloaded"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client; what the store still brings for it is thrown away."""
@@ -1277,7 +1073,7 @@ class Connection(asyncio.Protocol):
         """Take note of the client's end; return whether it may still get answers (half-closed)."""
         self.ended = True
         if self.state == self.READING and self.framer.partial:
-            self._refuse(ProblemError(400, "the request ended before it was whole"))
+            self._answer(ProblemError(400, "the request ended before it was whole"))
         return self.state in {self.ANSWERING, self.WRITING}
 
     def pause_writing(self) -> None:
@@ -1287,21 +1083,16 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """Go on after an answer that has been sent at last."""
-        if self.state == self.WRITING:
-            self._sent()
+        self._sent()
 
     def expire(self, now: float) -> None:
         """End a state that has lasted too long."""
         if self.state == self.READING and self.framer.partial:
-            self._refuse(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
+            self._answer(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
         elif self.state == self.WRITING and self.transport.get_write_buffer_size() < self.unsent:
             self.unsent, self.deadline = self.transport.get_write_buffer_size(), now + self.write_seconds
         else:
             self.transport.abort()
-
-    def _refuse(self, problem: ProblemError) -> None:
-        self.framer.refuse()
-        self._answer(problem)
 
     def _next(self, data: bytes = b"") -> None:
         """Begin to answer the next request if it is whole; else wait for the rest of it, or for another."""
@@ -1314,12 +1105,13 @@ class Connection(asyncio.Protocol):
         elif self.framer.partial and self.ended:
             self.eof_received()
         elif not was_partial:
-            wait_seconds = self.head_seconds if self.framer.partial else self.idle_seconds
-            self.deadline = time.monotonic() + wait_seconds
+            self.deadline = time.monotonic() + (self.head_seconds if self.framer.partial else self.idle_seconds)
             self.transport.resume_reading()
 
     def _answer(self, request: Head | ProblemError) -> None:
         self.state, self.deadline = self.ANSWERING, math.inf
+        if isinstance(request, ProblemError):
+            self.framer.refuse()
         handler = ProfileHandler(request, self, self.server)
         if handler.parse_request():
             self.reply(handler)
@@ -1338,8 +1130,7 @@ class Connection(asyncio.Protocol):
 
     def _sent(self) -> None:
         """Go on after an answer: with the next request, or close in two steps (RFC 9112, 9.6)."""
-        handler, self.last = self.last, None
-        if handler and handler.close_connection:
+        if self.last.close_connection:
             self.state, self.deadline = self.LINGERING, time.monotonic() + self.linger_seconds
             self.closes_at = time.monotonic() + self.write_seconds
             if self.ended or not self.transport.can_write_eof():
@@ -1364,40 +1155,30 @@ _PICTURE_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,31}")
 
 
 def decode_segment(segment: str) -> str:
-    """Percent-decode a path parameter as strict UTF-8 (RFC 3986, 2.1).
-
-    Raises ProblemError: 404 if it is empty, 400 for a lone `%`, bytes that are not UTF-8, or control characters.
-    """
+    """Percent-decode a path parameter as strict UTF-8 (RFC 3986, 2.1); ProblemError: 404 if empty, 400 if malformed."""
     if not segment:
         raise ProblemError(404, "no such route")
-    if "%" not in segment:
-        return segment
     if segment.count("%") != len(re.findall("%[0-9A-Fa-f]{2}", segment)):
         raise ProblemError(400, "malformed percent-encoding")
     try:
         decoded = unquote_to_bytes(segment).decode("utf-8")
     except UnicodeDecodeError:
         raise ProblemError(400, "the percent-encoded bytes are not UTF-8") from None
-    if any(character < " " or character == "\x7f" for character in decoded):
+    if re.search(r"[\x00-\x1f\x7f]", decoded):
         raise ProblemError(400, "control characters are not allowed")
     return decoded
 
 
 def parse_page(query: str) -> tuple[int, int]:
-    """Return `limit` and `offset` of a query string, whose other parameters are ignored.
-
-    Raises ProblemError: 400 if one is repeated, not a decimal number, or out of range.
-    """
-    values = {"limit": DEFAULT_LIMIT, "offset": 0}
-    seen: set[str] = set()
+    """Return `limit` and `offset` of a query string; 400 if one is repeated, no decimal number or out of range."""
+    values: dict[str, int] = {}
     for name, _, text in (part.partition("=") for part in query.split("&")):
-        if name in values:
+        if name in {"limit", "offset"}:
             low, high = (1, MAX_LIMIT) if name == "limit" else (0, MAX_OFFSET)
-            if name in seen or not re.fullmatch(r"[0-9]{1,10}", text) or not low <= int(text) <= high:
+            if name in values or not re.fullmatch(r"[0-9]{1,10}", text) or not low <= int(text) <= high:
                 raise ProblemError(400, f"{name} must be one number from {low} to {high}")
-            seen.add(name)
             values[name] = int(text)
-    return values["limit"], values["offset"]
+    return values.get("limit", DEFAULT_LIMIT), values.get("offset", 0)
 
 
 def _names_tag(given: str, tag: str) -> bool:
@@ -1407,14 +1188,13 @@ def _names_tag(given: str, tag: str) -> bool:
 
 def decode_picture(record: bytes) -> tuple[str, bytes]:
     """Return the media type and the bytes of the picture in a record; ProblemError: 422 if there is none."""
-    try:
+    kind, image = None, b""
+    with contextlib.suppress(ValueError, TypeError, KeyError, binascii.Error):
         members = json.loads(record)
-        kind, image = members["type"], base64.b64decode(members["image"], validate=True)
-    except (ValueError, TypeError, KeyError, binascii.Error):
-        kind, image = None, b""
-    if not isinstance(kind, str) or not _PICTURE_TYPE.fullmatch(kind) or not image:
+        kind, image = _PICTURE_TYPE.fullmatch(members["type"]), base64.b64decode(members["image"], validate=True)
+    if not kind or not image:
         raise ProblemError(422, "the picture record has no usable type or base64 image")
-    return f"image/{kind}", image
+    return f"image/{kind[0]}", image
 
 
 def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, str]) -> str:
@@ -1431,73 +1211,62 @@ def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, s
 # the event loop the loader makes one `Batch` of the documents that wait (hence a data loader), and gives batches and
 # queries to the threads of their pools. A thread does a job's `call`; back in the loop `finish` takes what came of it.
 
+Jobs: TypeAlias = "queue.SimpleQueue[Batch | Query | None]"  # the way to a thread; None ends it
+
 
 class Pool:
-    """Threads that do one job each, as many as are needed up to a bound; what it holds is the event loop's.
-
-    The thread that went idle last is used first, as its caches are warm.
-    """
+    """Threads that do one job each, as many as are needed up to a bound; what it holds is the event loop's."""
 
     idle_seconds = 10.0  # after which a thread that nobody needs ends, unless it is permanent
 
     def __init__(self, most: int, log: Log, *, permanent: bool = True) -> None:
-        self.free = self._most = most  # jobs that it can take now, and in all
-        self._log, self._ends = log, not permanent
-        self._idle: list[tuple[Jobs, float]] = []  # the way to each idle thread, and since when it is idle
+        self.free = most  # jobs that it can take now
+        self._log, self._permanent = log, permanent
+        self._idle: dict[Jobs, asyncio.TimerHandle | None] = {}  # each idle thread's end, the last to go idle last
 
     def run(self, job: Batch | Query) -> None:
         """Have a job done; it is refused if the system starts no thread for it."""
-        self.free -= 1
         if self._idle:
-            return self._idle.pop()[0].put(job)
-        jobs: Jobs = queue.SimpleQueue()
-        loop = asyncio.get_running_loop()
-        try:  # not a `threading.Thread`: to start one waits until it runs, and the event loop has no time for that
-            _thread.start_new_thread(self._work, (jobs, loop))
-        except RuntimeError as error:
-            self.free += 1
-            self._log.event("error", "no thread can be started", error=describe(error))
-            return job.refuse(unavailable("overloaded: no thread can be started", rejected="overloaded"))
-        if self._ends and self.free == self._most - 1:
-            loop.call_later(self.idle_seconds, self._end_idle)
+            jobs, end = self._idle.popitem()  # the last one, as its caches are warm
+            if end:
+                end.cancel()
+        else:
+            jobs = queue.SimpleQueue()
+            try:  # not a `threading.Thread`: to start one waits until it runs, and the event loop has no time for that
+                _thread.start_new_thread(self._work, (jobs, asyncio.get_running_loop()))
+            except RuntimeError as error:
+                self._log.event("error", "no thread can be started", error=describe(error))
+                return job.finish(unavailable("overloaded: no thread can be started", rejected="overloaded"))
+        self.free -= 1
         return jobs.put(job)
 
     def _work(self, jobs: Jobs, loop: asyncio.AbstractEventLoop) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            while (job := jobs.get()) is not None:
-                outcome: Any = None
+            while job := jobs.get():
                 try:
-                    outcome = job.call()
+                    outcome: Any = job.call()
                 except Exception as error:
                     outcome = error
                 loop.call_soon_threadsafe(self._take_back, jobs, job, outcome)
 
     def _take_back(self, jobs: Jobs, job: Batch | Query, outcome: Any) -> None:
         if job.given_up:  # another thread has taken this one's place
-            jobs.put(None)
-        else:
-            self.free += 1
-            self._idle.append((jobs, time.monotonic()))
-            job.finish(outcome)
-
-    def give_up(self, job: Query) -> None:
-        """Do without a job that a thread does, and without the thread: the SDK may never give it back."""
-        job.given_up = True
+            return jobs.put(None)
         self.free += 1
+        loop = asyncio.get_running_loop()
+        self._idle[jobs] = None if self._permanent else loop.call_later(self.idle_seconds, self._end, jobs)
+        return job.finish(outcome)
 
-    def _end_idle(self) -> None:
-        while self._idle and self._idle[0][1] <= time.monotonic() - self.idle_seconds:
-            self._idle.pop(0)[0].put(None)
-        if self._idle or self.free < self._most:
-            asyncio.get_running_loop().call_later(1.0, self._end_idle)
+    def _end(self, jobs: Jobs) -> None:
+        del self._idle[jobs]
+        jobs.put(None)
 
 
 class Awaited:
     """What a handler awaits: it is resumed with what comes of it, or with a ProblemError."""
 
-    __slots__ = ("handler", "loader")
-    handler: ProfileHandler
     loader: Loader
+    handler: ProfileHandler
 
     def __await__(self) -> Generator[Awaited, Any, Any]:
         return (yield self)
@@ -1506,8 +1275,6 @@ class Awaited:
 class Get(Awaited):
     """A document."""
 
-    __slots__ = ("collection", "key", "replica")
-
     def __init__(self, loader: Loader, collection: str, key: str, replica: bool) -> None:
         self.loader, self.collection, self.key, self.replica = loader, collection, key, replica
 
@@ -1515,11 +1282,10 @@ class Get(Awaited):
 class Query(Awaited):
     """Rows, and the job that brings them."""
 
-    __slots__ = ("_parameters", "_statement", "given_up", "made", "started")
+    given_up, started = False, 0.0  # by the loader; monotonic seconds
 
     def __init__(self, loader: Loader, statement: str, parameters: dict[str, object]) -> None:
         self.loader, self._statement, self._parameters = loader, statement, parameters
-        self.given_up, self.started, self.made = False, 0.0, time.monotonic()
 
     def call(self) -> list[bytes]:
         """Run the statement."""
@@ -1529,51 +1295,48 @@ class Query(Awaited):
 
     def finish(self, outcome: list[bytes] | Exception) -> None:
         """Answer with what came of it."""
+        store, seconds = self.loader.store, time.monotonic() - self.started
         self.loader.running.discard(self)
-        name = outcome_of(outcome) if isinstance(outcome, Exception) else "ok"
-        operation = Operation("query", self._statement, self.started, time.monotonic() - self.started, name)
-        self.handler.operation = operation
-        self.handler.deliver(self.loader.store.judge_rows(outcome, operation))
-
-    def refuse(self, problem: ProblemError) -> None:
-        """Answer with a problem, without having got anything."""
-        self.loader.running.discard(self)
-        self.loader.store.health.query_breaker.release()
-        self.handler.deliver(problem)
+        if isinstance(outcome, ProblemError):
+            store.health.query_breaker.release()
+        else:
+            name = outcome_of(outcome) if isinstance(outcome, Exception) else "ok"
+            self.handler.operation = Operation("query", self._statement, self.started, seconds, name)
+            outcome = store.judge_rows(outcome, self.handler.operation)
+        self.handler.deliver(outcome)
 
 
 class Batch:
     """Documents of one collection that are fetched in one operation."""
 
-    __slots__ = ("_collection", "_loader", "_replica", "_waited_seconds", "given_up", "waiting")
+    given_up = False
 
-    def __init__(
-        self, loader: Loader, collection: str, waiting: dict[str, list[Get]], now: float, *, replica: bool = False
-    ) -> None:
+    def __init__(self, waiting: dict[str, list[Get]], now: float) -> None:
         """Take who waits, by key, less those who have waited for as long as a caller would, and are refused."""
-        self._loader, self._collection, self._replica, self.given_up = loader, collection, replica, False
-        self.waiting, self._waited_seconds = waiting, 0.0
+        self.waiting, self._first = waiting, next(iter(waiting.values()))[0]  # all are of its collection
         for key, gets in list(waiting.items()):
             for get in gets:
                 get.handler.queue_seconds = now - get.handler.started
-            if gets[0].handler.queue_seconds > loader.store.database.timeout_seconds:
-                late = Batch(loader, collection, {key: waiting.pop(key)}, gets[0].handler.started)
-                late.refuse(unavailable("overloaded: no thread is free", rejected="overloaded"))
-            else:
-                self._waited_seconds = max(self._waited_seconds, gets[0].handler.queue_seconds)
+            if gets[0].handler.queue_seconds > self._first.loader.store.database.timeout_seconds:
+                late = Batch({key: waiting.pop(key)}, gets[0].handler.started)
+                for get in gets:
+                    get.handler.queue_seconds = now - get.handler.started
+                late.finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
 
     def call(self) -> Fetched:
         """Fetch them."""
-        database, keys = self._loader.store.database, list(self.waiting)
-        if self._replica:
-            return database.fetch_replica(self._collection, keys[0])
-        waited_seconds = self._waited_seconds if self._waited_seconds > Loader.slack_seconds else 0.0
-        return database.fetch(self._collection, keys, waited_seconds)
+        database, collection, keys = self._first.loader.store.database, self._first.collection, list(self.waiting)
+        if self._first.replica:
+            return database.fetch_replica(collection, keys[0])
+        longest_seconds = self.waiting[keys[0]][0].handler.queue_seconds
+        return database.fetch(collection, keys, longest_seconds if longest_seconds > Loader.slack_seconds else 0.0)
 
     def finish(self, outcome: Any) -> None:
         """Answer whoever waits; all answers are made before the first is sent: that wakes receivers up less often."""
-        operation, found = self._loader.store.judge(outcome) if isinstance(outcome, Fetched) else (None, {})
-        answered = []
+        store, answered = self._first.loader.store, []
+        operation, found = store.judge(outcome) if isinstance(outcome, Fetched) else (None, {})
+        if isinstance(outcome, ProblemError):  # nothing has been asked for
+            (store.health.replica_breaker if self._first.replica else store.health.breaker).release()
         for key, gets in self.waiting.items():
             for get in gets:
                 get.handler.operation = operation
@@ -1581,13 +1344,6 @@ class Batch:
                     answered.append(get.handler)
         for handler in answered:
             handler.connection.reply(handler)
-
-    def refuse(self, problem: ProblemError) -> None:
-        """Answer all with a problem, without having asked for anything."""
-        health = self._loader.store.health
-        (health.replica_breaker if self._replica else health.breaker).release()
-        for get in itertools.chain.from_iterable(self.waiting.values()):
-            get.handler.deliver(problem)
 
 
 class Loader:
@@ -1599,30 +1355,27 @@ class Loader:
     """
 
     # The least that still serves 256 clients of a database 5 ms away (the grid in tests/load/results).
-    threads, batch_size = 3, 64
-    single_threads = 64
+    threads, batch_size, single_threads = 3, 64, 64
     stall_seconds = 0.25  # with all threads busy and none back, something may be wrong
     slack_seconds = 0.02  # a request that has waited for longer has so much less time for Couchbase
     most_queries, query_wait_seconds = 1024, 0.25  # that wait for a thread, and for how long
-    grace_seconds = 0.03  # after its time-out a query that the SDK still holds is given up
-    look_seconds = 0.025
+    look_seconds, grace_seconds = 0.025, 0.03  # after its time-out a query that the SDK still holds is given up
 
     def __init__(self, store: ProfileStore, query_threads: int, log: Log) -> None:
         self.store = store
         self.waiting: dict[str, dict[str, list[Get]]] = {}  # by collection and key, in the order of asking
+        self.waiting_singles: deque[Get] = deque()
+        self.waiting_queries: deque[Query] = deque()
         self.running: set[Query] = set()
         self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)
         self._singles = Pool(self.single_threads, log, permanent=False)
-        self.waiting_singles: deque[Get] = deque()
-        self.waiting_queries: deque[Query] = deque()
-        self._watching = False
-        self._dispatched_at = 0.0
+        self._watching, self._dispatched_at = False, 0.0
 
     def load(self, awaited: Awaited) -> None:
         """Have a document or rows fetched, unless too many queries wait."""
         if isinstance(awaited, Query):
             if len(self.waiting_queries) >= self.most_queries:
-                return awaited.refuse(unavailable("overloaded: too many queries wait", rejected="overloaded"))
+                return awaited.finish(unavailable("overloaded: too many queries wait", rejected="overloaded"))
             self.waiting_queries.append(awaited)
         elif isinstance(awaited, Get):
             if awaited.replica or self.store.health.degraded:
@@ -1639,12 +1392,13 @@ class Loader:
         self._watching = bool(self.waiting or waiting or self.running)
         if self._watching:
             asyncio.get_running_loop().call_later(self.look_seconds, self._watch)
-        while waiting and now - waiting[0].made > self.query_wait_seconds:
-            waiting.popleft().refuse(unavailable("overloaded: no query thread is free", rejected="overloaded"))
+        while waiting and now - waiting[0].handler.started > self.query_wait_seconds:
+            waiting.popleft().finish(unavailable("overloaded: no query thread is free", rejected="overloaded"))
         latest = now - self.store.database.query_timeout_seconds - self.grace_seconds
         for query in [query for query in self.running if query.handler.started < latest]:
-            self._queries.give_up(query)
-            query.refuse(self.store.give_up_query(query.started, query.handler.route))
+            query.given_up = True  # with its thread: the SDK may never give it back
+            self._queries.free += 1
+            query.finish(self.store.give_up_query(query.started, query.handler.route))
         if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
             self.store.health.degrade(1.0)
 
@@ -1661,13 +1415,11 @@ class Loader:
                 self.waiting[collection] = dict(itertools.islice(taken.items(), self.batch_size, None))
                 taken = dict(itertools.islice(taken.items(), self.batch_size))
             self._dispatched_at = now
-            batch = Batch(self, collection, taken, now)
-            if batch.waiting:
+            if (batch := Batch(taken, now)).waiting:
                 self._batches.run(batch)
         while self.waiting_singles and self._singles.free:
             get = self.waiting_singles.popleft()
-            batch = Batch(self, get.collection, {get.key: [get]}, now, replica=get.replica)
-            if batch.waiting:
+            if (batch := Batch({get.key: [get]}, now)).waiting:
                 self._singles.run(batch)
         while self.waiting_queries and self._queries.free:
             query = self.waiting_queries.popleft()
@@ -1676,45 +1428,32 @@ class Loader:
             self._queries.run(query)
 
 
-Jobs: TypeAlias = "queue.SimpleQueue[Batch | Query | None]"
-
-
 # ── Couchbase: what other threads do ──────────────────────────────────────────────────────────────────────────────────
-# Each method of `Database` is one blocking call of the SDK, or a few while it connects; threads make them.
 
 
 class _RowBytes(Serializer):  # type: ignore[misc]  # the SDK's class is untyped
-    """Passes query rows through as the bytes they came in."""
+    """Passes query rows through as the bytes they came in; the SDK serializes nothing by it."""
 
-    def serialize(self, value: object) -> bytes:
-        return json.dumps(value, ensure_ascii=False).encode()
-
-    def deserialize(self, value: bytes) -> bytes:
-        return value
+    serialize = deserialize = bytes
 
 
 class Database:
-    """The SDK, connected to one scope of one bucket."""
-
-    probe_seconds = 0.25  # how long a probe waits: it can only find out sooner what requests' time-outs would
+    """The SDK, connected to one scope of one bucket; each method is a blocking call or a few, which threads make."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._cluster: Any = None
-        self._scope: Any = None
+        self._settings, self.scope_name, self.connected = settings, settings.couchbase_scope, False
+        self._cluster = self._scope = cast("Any", None)
         self._collections: dict[str, Any] = {}
-        self.connected, self.scope_name = False, settings.couchbase_scope
+        self.probe_timeout = timedelta(seconds=0.25)  # it can only find out sooner what requests' time-outs would
         self.timeout_seconds = settings.couchbase_timeout_ms / 1000
         self.query_timeout_seconds = settings.couchbase_query_timeout_ms / 1000
+        consistency = QueryScanConsistency.NOT_BOUNDED
+        self._query_options = {"read_only": True, "scan_consistency": consistency, "serializer": _RowBytes()}
 
     def fetch(self, collection: str, keys: list[str], waited_seconds: float) -> Fetched:
-        """Get documents in one operation: one hand-over between the threads of Python and the SDK for all of them.
-
-        The oldest request has waited for `waited_seconds`; 0 if that is not worth what a time-out of its own costs.
-        """
-        options = (
-            {"timeout": timedelta(seconds=max(0.01, self.timeout_seconds - waited_seconds))} if waited_seconds else {}
-        )
+        """Get documents by one hand-over to the SDK; 0 `waited_seconds` spare the cost of a time-out of their own."""
+        left_seconds = self.timeout_seconds - waited_seconds
+        options = {"timeout": timedelta(seconds=max(0.01, left_seconds))} if waited_seconds else {}
         documents: dict[str, Document] = {}
         errors: dict[str, Exception] = {}
         started, source, name = time.monotonic(), self._collections[collection], "get_multi"
@@ -1733,12 +1472,11 @@ class Database:
         return Fetched(name, collection, started, time.monotonic() - started, documents, errors)
 
     def fetch_replica(self, collection: str, key: str) -> Fetched:
-        """Get a document whose node is down from a replica, if the cluster permanent any."""
+        """Get a document whose node is down from a replica, if the cluster has any."""
         started, documents, errors = time.monotonic(), {}, {}
         try:
-            options = GetAnyReplicaOptions(timeout=timedelta(seconds=self.probe_seconds))
-            result = self._collections[collection].get_any_replica(key, options)
-            documents[key] = Document(result.value, result.cas, bool(result.is_replica))
+            found = self._collections[collection].get_any_replica(key, GetAnyReplicaOptions(timeout=self.probe_timeout))
+            documents[key] = Document(found.value, found.cas, bool(found.is_replica))
         except Exception as error:
             errors[key] = error
         return Fetched("get_any_replica", collection, started, time.monotonic() - started, documents, errors)
@@ -1746,18 +1484,9 @@ class Database:
     def run_query(
         self, statement: str, parameters: dict[str, object], waited_seconds: float = 0.0, *, adhoc: bool = False
     ) -> list[bytes]:
-        """Run a read-only statement and return its rows as raw JSON; raises what the SDK raises.
-
-        The request for it has waited for `waited_seconds` seconds; if it is `adhoc` it goes unprepared.
-        """
-        options = QueryOptions(
-            adhoc=adhoc,
-            read_only=True,
-            named_parameters=parameters,
-            timeout=timedelta(seconds=max(0.01, self.query_timeout_seconds - waited_seconds)),
-            scan_consistency=QueryScanConsistency.NOT_BOUNDED,
-            serializer=_RowBytes(),
-        )
+        """Return a read-only statement's rows as raw JSON; `adhoc` leaves it unprepared; raises what the SDK raises."""
+        timeout = timedelta(seconds=max(0.01, self.query_timeout_seconds - waited_seconds))
+        options = QueryOptions(named_parameters=parameters, timeout=timeout, adhoc=adhoc, **self._query_options)
         return list(self._scope.query(statement, options))
 
     def fetch_token(self) -> str:
@@ -1777,19 +1506,13 @@ class Database:
     def probe(self, vbuckets: Collection[int]) -> set[int]:
         """Ask for a document that does not exist in each vBucket, as requests ask; return those that were answered."""
         keys = {probe_keys()[number]: number for number in vbuckets}
-        timeout = timedelta(seconds=self.probe_seconds)
-        answer = self._collections[USERS].get_multi(list(keys), return_exceptions=True, timeout=timeout)
+        answer = self._collections[USERS].get_multi(list(keys), return_exceptions=True, timeout=self.probe_timeout)
         return {keys[key] for key, error in answer.exceptions.items() if not failure_of(error).outage}
 
-    def probe_queries(self) -> bool:
-        """Return whether a query is answered; not prepared, as a forgotten statement would never come back."""
-        parameters: dict[str, object] = {"value": "", "limit": 1, "offset": 0}
-        try:
-            waited_seconds = self.query_timeout_seconds - self.probe_seconds
-            self.run_query(PROFILES_BY_NICKNAME, parameters, waited_seconds, adhoc=True)
-        except Exception:
-            return False
-        return True
+    def probe_queries(self) -> None:
+        """Run a query, not prepared, as a forgotten statement would never come back; raises what the SDK raises."""
+        waited_seconds = self.query_timeout_seconds - self.probe_timeout.total_seconds()
+        self.run_query(PROFILES_BY_NICKNAME, {"value": "", "limit": 1, "offset": 0}, waited_seconds, adhoc=True)
 
     def connect(self) -> None:
         """Open the cluster and the bucket, within about 20 s; FatalError for wrong credentials or no such bucket."""
@@ -1800,8 +1523,7 @@ class Database:
         except cb.InvalidArgumentException as error:
             raise FatalError(f"the SDK refuses COUCHBASE_HOST or its options: {describe(error)}") from error
         except cb.AuthenticationException as error:
-            check = "check COUCHBASE_USER and COUCHBASE_PASSWORD"
-            raise FatalError(f"Couchbase refuses user {user!r}: {check}") from error
+            raise FatalError(f"Couchbase refuses user {user!r}: check COUCHBASE_USER and COUCHBASE_PASSWORD") from error
         except _TIMEOUTS as error:
             if doubt:
                 raise FatalError(doubt) from error
@@ -1809,8 +1531,17 @@ class Database:
         try:
             self._scope = cluster.bucket(bucket).scope(settings.couchbase_scope)
         except cb.CouchbaseException as error:
-            missing = why_no_bucket(cluster, bucket, error)
-            cluster.close()
+            roles = ", or the user has no role for it: check COUCHBASE_BUCKET, COUCHBASE_PASSWORD and the user's roles"
+            missing = roles if isinstance(error, cb.BucketNotFoundException) else ""  # at once: the server refuses it
+            try:  # on the wire a bucket that is missing may look like one that is slow
+                with contextlib.closing(cluster):
+                    cluster.buckets().get_bucket(bucket)
+            except cb.BucketDoesNotExistException:
+                missing = f": create it, or correct COUCHBASE_BUCKET (then {PROVISION})"
+            except cb.AuthenticationException:
+                missing = roles
+            except cb.CouchbaseException:
+                pass  # not allowed to ask, or nobody there: the first failure stands
             if missing:
                 raise FatalError(f"bucket {bucket!r} does not exist{missing}") from error
             raise
@@ -1819,15 +1550,13 @@ class Database:
 
     def renew_password(self) -> bool:
         """Take a password that has been changed from its file again; return whether there is one."""
-        try:
-            settings = _with_password(replace(self._settings, couchbase_password=""))
-        except SettingsError:
-            return False
-        if settings.couchbase_password == self._settings.couchbase_password:
-            return False
-        self._settings = settings
-        self._cluster.set_authenticator(authenticator(settings))
-        return True
+        before = self._settings
+        with contextlib.suppress(SettingsError):
+            self._settings = _with_password(replace(before, couchbase_password=""))
+        if self._settings != before:
+            user, password = before.couchbase_user, self._settings.couchbase_password
+            self._cluster.set_authenticator(PasswordAuthenticator(user, password, before.couchbase_tls_ca))
+        return self._settings != before
 
     def close(self) -> None:
         """Close the connections to the cluster."""
@@ -1835,64 +1564,37 @@ class Database:
             self._cluster.close()
 
 
-def why_no_bucket(cluster: Any, name: str, failure: Exception) -> str:
-    """Tell a bucket that is missing from one that is slow, which on the wire look alike: say what to do, or nothing."""
-    with contextlib.suppress(cb.CouchbaseException):  # not allowed to ask, or nobody there: the first failure stands
-        try:
-            cluster.buckets().get_bucket(name)
-        except cb.BucketDoesNotExistException:
-            return f": create it, or correct COUCHBASE_BUCKET (then {PROVISION})"
-        except cb.AuthenticationException:
-            failure = cb.BucketNotFoundException()
-    if isinstance(failure, cb.BucketNotFoundException):  # at once: the server refuses it to this user
-        return ", or the user has no role for it: check COUCHBASE_BUCKET, COUCHBASE_PASSWORD and the user's roles"
-    return ""
-
-
-def authenticator(settings: Settings) -> PasswordAuthenticator:
-    """Return what the SDK shows to the cluster, and the roots that it trusts."""
-    user, password = settings.couchbase_user, settings.couchbase_password
-    return PasswordAuthenticator(user, password, cert_path=settings.couchbase_tls_ca)
-
-
 def open_cluster(settings: Settings) -> Any:
     """Connect to the cluster as the settings say; nothing of the SDK's own tracing, metrics or telemetry runs."""
-    timeouts = ClusterTimeoutOptions(
-        kv_timeout=timedelta(milliseconds=settings.couchbase_timeout_ms),
-        query_timeout=timedelta(milliseconds=settings.couchbase_query_timeout_ms),
-        management_timeout=timedelta(seconds=5),
-    )
+    user = PasswordAuthenticator(settings.couchbase_user, settings.couchbase_password, settings.couchbase_tls_ca)
+    key_value = timedelta(milliseconds=settings.couchbase_timeout_ms)
+    query = timedelta(milliseconds=settings.couchbase_query_timeout_ms)
+    timeouts = ClusterTimeoutOptions(kv_timeout=key_value, query_timeout=query, management_timeout=timedelta(seconds=5))
     options: dict[str, Any] = {"enable_tracing": False, "enable_metrics": False, "enable_app_telemetry": False}
-    options |= {"network": settings.couchbase_network, "transcoder": RawJSONTranscoder()}
+    options |= {"network": settings.couchbase_network, "transcoder": RawJSONTranscoder(), "timeout_options": timeouts}
     options |= {} if settings.couchbase_tls_verify else {"tls_verify": TLSVerifyMode.NONE}
-    cluster = ClusterOptions(authenticator(settings), timeout_options=timeouts, **options)
-    return Cluster.connect(settings.connection_string, cluster)
+    return Cluster.connect(settings.connection_string, ClusterOptions(user, **options))
 
 
 def check_certificates(settings: Settings) -> str:
-    """Look at each seed's certificate before the SDK, which only says "time-out", and compares no host name (4.6.3).
-
-    Returns what is doubtful but for the SDK to decide, as it has Mozilla's roots besides the system's. Raises
-    FatalError for one that is expired, for another host, or of an issuer that COUCHBASE_TLS_CA does not have.
-    """
+    """Return doubt of an issuer; FatalError for a bad certificate: the SDK times out, and compares no host (4.6.3)."""
     scheme, _, hosts = settings.connection_string.partition("://")
-    doubt = ""
     if scheme != "couchbases" or not settings.couchbase_tls_verify:
-        return doubt
+        return ""
     try:
-        context = ssl.create_default_context(cafile=settings.couchbase_tls_ca)
+        context, doubt = ssl.create_default_context(cafile=settings.couchbase_tls_ca), ""
     except ssl.SSLError as error:
         raise FatalError(f"COUCHBASE_TLS_CA has no usable certificate: {error.reason}") from error
     for seed in re.finditer(r"(?:\[(.*?)\]|([^:,/?\[]+))(?::([0-9]+))?(?:,|/|\Z)", hosts.partition("?")[0]):
-        host, address = seed[1] or seed[2], (seed[1] or seed[2], int(seed[3] or 11207))
+        host, port = seed[1] or seed[2], int(seed[3] or 11207)
         try:
-            with socket.create_connection(address, 5) as plain, context.wrap_socket(plain, server_hostname=host):
-                pass
+            with socket.create_connection((host, port), 5) as plain:
+                context.wrap_socket(plain, server_hostname=host).close()
         except ssl.SSLCertVerificationError as error:
             refusal = f"the certificate of {host} is refused ({error.verify_message})"
-            unknown_issuer = error.verify_code in {18, 19, 20, 21}  # X509_V_ERR_… of OpenSSL
-            if not unknown_issuer or settings.couchbase_tls_ca:
+            if settings.couchbase_tls_ca or error.verify_code not in {18, 19, 20, 21}:  # unknown issuer: X509_V_ERR_…
                 raise FatalError(f"{refusal}: check COUCHBASE_HOST and COUCHBASE_TLS_CA") from error
+            # for the SDK to decide, as it has Mozilla's roots besides the system's
             doubt = f"{refusal}: set COUCHBASE_TLS_CA to the certificate of its authority"
         except OSError:
             continue  # not there, a name that only DNS SRV knows, or no TLS: the SDK tries it in its own way
@@ -1927,34 +1629,23 @@ class Breaker:
     """Stops asking a service that does not answer, and finds out with single probes when it does again."""
 
     CLOSED, HALF_OPEN, OPEN = STATES = ("closed", "half-open", "open")
-    threshold = 5
-    first_seconds, most_seconds = 1.0, 15.0
+    threshold, first_seconds, most_seconds = 5, 1.0, 15.0  # failures in a row; pauses, from the first to the longest
     check_seconds = 2.0  # after which an open one may be looked at by the background check, in the longest pause too
     lost_seconds = 30.0  # a probe that has not come back by then is counted as lost, and another allowed
 
-    def __init__(
-        self, changed: Callable[[str], None], jitter: Callable[[float, float], float] = random.uniform
-    ) -> None:
-        """Make a closed one.
-
-        Args:
-            changed: called with the new state after each change.
-            jitter: draws a number between two, so that replicas do not probe in step.
-        """
+    def __init__(self, changed: Callable[[str], None], jitter: Callable[..., float] = random.uniform) -> None:
+        """Make a closed one; `changed` hears of each new state, `jitter(low, high)` keeps replicas out of step."""
         self._changed, self._jitter = changed, jitter
-        self.state, self._since = self.CLOSED, 0.0  # which it has had since then, in monotonic seconds
-        self.failures = 0  # in a row
+        self.state, self._since, self.failures = self.CLOSED, 0.0, 0  # since when, in monotonic s; in a row
         self._pause_seconds, self._probe_at = self.first_seconds, 0.0
 
     def allow(self, now: float) -> bool:
         """Tell whether a call may be made at `now` (monotonic seconds); if so, its outcome must be told."""
-        if self.state == self.CLOSED:
-            return True
-        if now < self._probe_at:
-            return False
-        self._probe_at = now + self.lost_seconds
-        self._turn(self.HALF_OPEN, now)
-        return True
+        allowed = self.state == self.CLOSED or now >= self._probe_at
+        if allowed and self.state != self.CLOSED:
+            self._probe_at = now + self.lost_seconds
+            self._turn(self.HALF_OPEN, now)
+        return allowed
 
     def release(self) -> None:
         """Let another call be the probe: the one that was allowed has not been made."""
@@ -1973,19 +1664,15 @@ class Breaker:
             self._turn(self.CLOSED, self._since)
 
     def failed(self, started: float, now: float) -> None:
-        """Take note that a call made at `started` failed for a reason that speaks of the service.
-
-        Calls that were under way when the state changed last do not count: they say nothing new.
-        """
+        """Take note that a call made at `started` failed for a reason that speaks of the service."""
         if started < self._since or self.state == self.OPEN:
-            return
+            return  # it was under way when the state changed last, and says nothing new
         self.failures += 1
         if self.state == self.HALF_OPEN:
             self._pause_seconds = min(self.most_seconds, self._pause_seconds * 2)
-        elif self.failures < self.threshold:
-            return
-        self._probe_at = now + self._pause_seconds * self._jitter(0.8, 1.0)
-        self._turn(self.OPEN, now)
+        if self.failures >= self.threshold:
+            self._probe_at = now + self._pause_seconds * self._jitter(0.8, 1.0)
+            self._turn(self.OPEN, now)
 
     def may_be_checked(self, now: float) -> bool:
         """Tell whether the background check may ask though the pause is not over; what it learns changes no pause."""
@@ -2010,23 +1697,20 @@ class Health:
     def __init__(self, database: Database, tokens: Tokens, log: Log, metrics: Metrics) -> None:
         self._database, self._tokens, self._log, self._metrics = database, tokens, log, metrics
         self._threads = ThreadPoolExecutor(1)  # for the check's own calls
-        self.breaker, self.query_breaker = self._breaker("key-value"), self._breaker("query")
-        self.replica_breaker = self._breaker("key-value replicas")
+        self.breaker, self.query_breaker, self.replica_breaker = (
+            Breaker(functools.partial(self._tell, service)) for service in ("key-value", "query", "key-value replicas")
+        )
         self.check_due = asyncio.Event()  # set to have the next check at once
         self.degraded = False  # key-value has failed lately: no document waits for another's failure
-        self.down: Collection[int] = frozenset()  # vBuckets that are not answered while others are
-        self._calm_at = 0.0  # when `degraded` may end; this and the others in monotonic seconds
+        self.down: set[int] = set()  # vBuckets that are not answered while others are
+        self._calm_at = self._token_read_at = 0.0  # when `degraded` may end; all of these in monotonic seconds
         self.answered_at = self.fetched_at = self.replica_fetched_at = 0.0  # anything; a document; one of a replica
         self._unanswered_at = -1.0  # when the last check began that was not answered
-        self._token_read_at = 0.0
         self._missing = "not connected yet"  # or what else there has to be before a token can be read
 
-    def _breaker(self, service: str) -> Breaker:
-        def changed(state: str) -> None:
-            self._log.event("info" if state == Breaker.CLOSED else "warning", "breaker", service=service, state=state)
-            self.check_due.set()
-
-        return Breaker(changed)
+    def _tell(self, service: str, state: str) -> None:
+        self._log.event("info" if state == Breaker.CLOSED else "warning", "breaker", service=service, state=state)
+        self.check_due.set()
 
     def admit(self, key: str) -> bool:
         """Return whether a document has to come from a replica; raise a 503 where nobody is to be asked for it."""
@@ -2035,82 +1719,62 @@ class Health:
         return down
 
     def failed(self, key: str, done: Operation) -> None:
-        """Take note of a key-value failure that speaks of the service.
-
-        It counts for a closed breaker only while no other document is fetched: else one of several nodes fails, or
-        documents that are nowhere are asked of replicas.
-        """
+        """Take note of a key-value failure that speaks of the service."""
         ended = done.started + done.seconds
         if done.name == "get_any_replica":
             breaker, quiet_until = self.replica_breaker, self.replica_fetched_at + 5.0
         else:
             self.degrade(self.degraded_seconds)
             breaker, quiet_until = self.breaker, math.inf if vbucket(key) in self.down else self.fetched_at + 0.25
+        # closed, it counts only while no other document is fetched: else one node of several fails, or replicas lack it
         if ended > quiet_until or breaker.state != Breaker.CLOSED:
             breaker.failed(done.started, ended)
 
     def degrade(self, seconds: float) -> None:
-        """Have documents fetched one by one for some seconds; the background check looks into it at once.
-
-        A failure is worth `degraded_seconds`; what may be mere slowness is worth one, as documents got one by one cost
-        several times as much, and a busy machine must not be made busier.
-        """
+        """Have documents fetched one by one for some seconds: few where it may be mere slowness, as that costs more."""
         self._calm_at = max(self._calm_at, time.monotonic() + seconds)
         if not self.degraded:
-            self.degraded = True
-            asyncio.get_running_loop().call_later(seconds, self._calm_down)
+            self._judge_calm()
         self.check_due.set()
 
-    def _calm_down(self) -> None:
-        unwell = self.down or self.breaker.state != Breaker.CLOSED
-        left = max(self._calm_at - time.monotonic(), 1.0 if unwell else 0.0)
+    def _judge_calm(self) -> None:
+        left = max(self._calm_at - time.monotonic(), 1.0 if self.down or self.breaker.state != Breaker.CLOSED else 0.0)
         self.degraded = left > 0
         if self.degraded:
-            asyncio.get_running_loop().call_later(left, self._calm_down)
+            asyncio.get_running_loop().call_later(left, self._judge_calm)
 
     def breaker_states(self) -> dict[str, str]:
         """Return the state of each service's breaker."""
         return {"key-value": self.breaker.state, "query": self.query_breaker.state}
 
-    @property
-    def _unreachable(self) -> bool:
-        """Whether the last check was not answered, nor anything else since it began."""
-        return self.answered_at < self._unanswered_at
-
     def unready_reasons(self) -> list[str]:
         """Say why this process should get no requests; empty means it should."""
         if not self._tokens.current:
             return [f"Couchbase: {self._missing}"]
-        periods = 3 * self._tokens.period_seconds
-        reasons = {
-            "the breaker of key-value is open": self.breaker.state == Breaker.OPEN,
-            "the background check is not answered": self._unreachable,
-            f"the token could not be read for {periods:.0f} s": not self._unreachable
-            and time.monotonic() > self._token_read_at + periods,
-        }
-        return [f"Couchbase: {reason}" for reason, true in reasons.items() if true]
+        reasons = ["the breaker of key-value is open"] if self.breaker.state == Breaker.OPEN else []
+        if self.answered_at < self._unanswered_at:
+            reasons.append("the background check is not answered")
+        elif time.monotonic() > self._token_read_at + (periods := 3 * self._tokens.period_seconds):
+            reasons.append(f"the token could not be read for {periods:.0f} s")
+        return [f"Couchbase: {reason}" for reason in reasons]
 
     async def _call(self, function: Callable[..., Any], *arguments: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     async def start(self) -> None:
-        """Connect where that is still to be done, and read the token for the first time; raises FatalError for good."""
+        """Connect where that is still to be done, and read the token; FatalError for what waiting cannot cure."""
         if not self._database.connected:
             await self._call(self._database.connect)
-        try:
-            await self._read_token()
-        except Exception as error:
-            failure, scope = failure_of(error), self._database.scope_name
-            advice = f"{failure.detail} (scope {scope!r}): {failure.advice}" if failure.advice else "not connected yet"
-            self._missing = str(error) if isinstance(error, NoTokenError) else advice
-            raise
-
-    async def _read_token(self) -> None:
         started, outcome = time.monotonic(), "ok"
         try:
             token = await self._call(self._database.fetch_token)
+        except NoTokenError as error:
+            outcome, self._missing = "not_found", str(error)
+            raise
         except Exception as error:
-            outcome = "not_found" if isinstance(error, NoTokenError) else outcome_of(error)
+            outcome, failure, scope = outcome_of(error), failure_of(error), self._database.scope_name
+            advice = f"{failure.detail} (scope {scope!r}): {failure.advice}"
+            self._missing = advice if failure.advice else "not connected yet"
             raise
         finally:
             ended = time.monotonic()
@@ -2122,58 +1786,49 @@ class Health:
             self._log.event("info", "token adopted")
 
     async def check(self) -> None:
-        """Look whether Couchbase is well and the token still the same."""
+        """Look whether Couchbase is well and the token still the same; if nothing is answered, renew the password."""
         started = time.monotonic()
-        if self.query_breaker.may_be_checked(started) and await self._call(self._database.probe_queries):
-            self.query_breaker.succeeded(started)  # by now its pauses may be long
+        if self.query_breaker.may_be_checked(started):
+            with contextlib.suppress(Exception):
+                await self._call(self._database.probe_queries)
+                self.query_breaker.succeeded(started)  # by now its pauses may be long
         # while nothing is answered, a look at the token would take its whole time-out to say the same
-        if self.degraded and not await self._look_at_vbuckets() and self._unreachable:
-            return await self._renew_password()
-        started = time.monotonic()
-        try:
-            await self._read_token()
-        except NoTokenError as error:  # the last one stays
-            self._log.event("warning", "the token could not be read again; the last one stays", error=str(error))
-        except Exception as error:
-            if not self._unreachable:
-                self._log.event("warning", "the background check is not answered", error=describe(error))
-            self._unanswered_at = started
-            self.failed(TOKEN_KEY, Operation("lookup_in", AUTH, started, time.monotonic() - started, ""))
-            await self._renew_password()
-
-    async def _look_at_vbuckets(self) -> bool:
-        """Find out which vBuckets are down before requests have to find out; return whether any is answered.
-
-        A vBucket is down when it is not answered twice while others are. When none is, Couchbase may be slow or down
-        as a whole: the time-outs of requests will tell.
-        """
-        started, closed = time.monotonic(), self.breaker.state == Breaker.CLOSED
-        if not closed and not self.breaker.may_be_checked(started) and not self.breaker.allow(started):
-            return False
-        if not await self._probe(random.sample(range(VBUCKETS), 8 if closed else 1)):
-            if not closed:
-                self.breaker.failed(started, time.monotonic())
-            return False
-        self.breaker.succeeded(started)
-        missing = set(range(VBUCKETS)) - await self._probe(range(VBUCKETS))
-        fresh = missing - set(self.down)
-        self.down = (missing - fresh) | (fresh - await self._probe(fresh))
-        return True
-
-    async def _probe(self, vbuckets: Collection[int]) -> set[int]:
-        """Return which vBuckets are answered."""
-        started = time.monotonic()
-        answered: set[int] = await self._call(self._database.probe, vbuckets) if vbuckets else set()
-        self.answered_at = max(self.answered_at, started if answered else 0.0)
-        return answered
-
-    async def _renew_password(self) -> None:
-        """Take a changed one from its file: a wrong one looks like a time-out, as the SDK tries again and again."""
+        if not self.degraded or await self._look_at_vbuckets() or self.answered_at >= self._unanswered_at:
+            started = time.monotonic()
+            try:
+                return await self.start()  # which is connected by now, and reads the token
+            except NoTokenError as error:
+                why = "the token could not be read again; the last one stays"
+                return self._log.event("warning", why, error=str(error))
+            except Exception as error:
+                if self.answered_at >= self._unanswered_at:
+                    self._log.event("warning", "the background check is not answered", error=describe(error))
+                self._unanswered_at = started
+                self.failed(TOKEN_KEY, Operation("lookup_in", AUTH, started, time.monotonic() - started, ""))
+        # a wrong password looks like a time-out, as the SDK tries again and again
         if await self._call(self._database.renew_password):
             self._log.event("info", "password read again from its file")
 
+    async def _look_at_vbuckets(self) -> bool:
+        """Find out, before requests do, which vBuckets are not answered twice; return whether any is answered."""
+        started, closed = time.monotonic(), self.breaker.state == Breaker.CLOSED
+        if not self.breaker.may_be_checked(started) and not self.breaker.allow(started):
+            return False
+        if not await self._call(self._database.probe, random.sample(range(VBUCKETS), 8 if closed else 1)):
+            if not closed:
+                self.breaker.failed(started, time.monotonic())
+            return False  # Couchbase may be slow or down as a whole: the time-outs of requests will tell
+        self.answered_at = max(self.answered_at, started)
+        self.breaker.succeeded(started)
+        missing = set(range(VBUCKETS)) - await self._call(self._database.probe, range(VBUCKETS))
+        if fresh := missing - self.down:
+            missing -= await self._call(self._database.probe, fresh)
+        if len(missing) < VBUCKETS:  # else all has gone since the first look
+            self.down = missing
+        return len(missing) < VBUCKETS
 
-# ── Tokens ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# ── Tokens and decoded pictures ───────────────────────────────────────────────────────────────────────────────────────
 
 
 class Tokens:
@@ -2182,60 +1837,46 @@ class Tokens:
     def __init__(self, period_seconds: float) -> None:
         self.period_seconds = period_seconds
         self.current: bytes | None = None  # None: none has been read yet
-        self._previous: bytes | None = None
-        self._previous_until = 0.0
+        self._previous, self._previous_until = b"", 0.0
 
     def adopt(self, token: str, now: float) -> bool:
         """Take the token as read at `now` (monotonic seconds); tell whether it is a new one."""
         fresh = token.encode()
         if fresh == self.current:
             return False
-        self._previous, self._previous_until = self.current, now + self.period_seconds
-        self.current = fresh
+        self.current, self._previous, self._previous_until = fresh, self.current or b"", now + self.period_seconds
         return True
 
     def accepts(self, given: str, now: float) -> bool:
         """Compare in constant time. A token that no header can carry (not latin-1) is simply wrong."""
         shown = given.encode("latin-1", "replace")
         matches = self.current is not None and hmac.compare_digest(shown, self.current)
-        if self._previous is not None and now < self._previous_until:
+        if self._previous and now < self._previous_until:
             matches |= hmac.compare_digest(shown, self._previous)
         return matches
 
 
-# ── Pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Pictures:
-    """Decoded pictures for those who ask again: to decode one takes as long as all else about it.
-
-    Each is used only with the CAS of the record as Couchbase has it now, so none is ever out of date.
-    """
+    """Decoded pictures, as to decode one takes as long as all else; kept with the record's CAS: none is out of date."""
 
     bound_bytes = 16 << 20
     entry_bytes = 400  # about what keeping one takes beside the picture itself
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, tuple[int, str, bytes]] = OrderedDict()  # the last one used is the last
+        self._kept: OrderedDict[str, tuple[int, int, tuple[str, bytes]]] = OrderedDict()  # last one used last
         self._bytes = 0
 
     def decoded(self, path: str, record: Document) -> tuple[str, bytes]:
         """Return media type and picture of the record that was asked for by a path; 422 if there is none."""
-        cas, media_type, picture = self._kept.get(path) or (-1, "", b"")
-        if cas == record.cas:
-            self._kept.move_to_end(path)
-            return media_type, picture
-        media_type, picture = decode_picture(record.value)
-        self._bytes += len(picture) + self.entry_bytes
-        if path in self._kept:
-            self._drop(path)
-        self._kept[path] = (record.cas, media_type, picture)
+        cas, size, decoded = self._kept.get(path, (-1, 0, ("", b"")))
+        if cas != record.cas:
+            decoded = decode_picture(record.value)
+            self._bytes += len(decoded[1]) + self.entry_bytes - size
+            self._kept[path] = record.cas, len(decoded[1]) + self.entry_bytes, decoded
+        self._kept.move_to_end(path)
         while self._bytes > self.bound_bytes:
-            self._drop(next(iter(self._kept)))
-        return media_type, picture
-
-    def _drop(self, path: str) -> None:
-        self._bytes -= len(self._kept.pop(path)[2]) + self.entry_bytes
+            self._bytes -= self._kept.popitem(last=False)[1][1]
+        return decoded
 
 
 # ── Log ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2255,6 +1896,7 @@ def timestamp(second: int) -> str:
 
 
 MAX_LINE_BYTES = 2048
+_TELLING = ("first_error_code", "first_error_message", "http_status", "last_dispatched_to", "retry_reasons")
 QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))  # logged at debug: probes and scrapes come by the second
 
 
@@ -2268,15 +1910,14 @@ class Log:
 
     def __init__(self, level: str = "info", *, access: bool = True, descriptor: int = 1) -> None:
         """Open the log: the least level that is written, whether answered requests are, and where to."""
-        self.access = access and level in {"debug", "info"}
-        self.debug = level == "debug"
+        self._levels = self.LEVELS[self.LEVELS.index(level) :]
+        self.access, self.debug = access and "info" in self._levels, "debug" in self._levels
         self.dropped = 0  # lines, since the start
-        self._least = self.LEVELS.index(level)
+        self._descriptor = descriptor
         try:
             os.fstat(descriptor)
         except OSError:  # closed: what is opened next would get its number, a client's socket too
-            descriptor = os.open(os.devnull, os.O_WRONLY)
-        self._descriptor = descriptor
+            self._descriptor = os.open(os.devnull, os.O_WRONLY)
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._put_bytes = self._written_bytes = 0  # each is changed by one thread only
         self._writer = threading.Thread(target=self._write_all, daemon=True)
@@ -2284,32 +1925,27 @@ class Log:
 
     def event(self, level: str, message: str, **details: object) -> None:
         """Write one event; `details` become members. Values are escaped by JSON, so none can forge a line."""
-        if self.LEVELS.index(level) >= self._least:
+        if level in self._levels and self._put_bytes - self._written_bytes > self.bound_bytes + self.event_bytes:
+            self.dropped += 1
+        elif level in self._levels:
             now = time.time()
             stamp = f"{timestamp(int(now))}.{int(now % 1 * 1000):03d}Z"
             line = {"time": stamp, "level": level, "message": message, **details}
             text = json.dumps(line, default=str)
             if len(text) >= MAX_LINE_BYTES:
-                text = json.dumps(
-                    {name: value[:200] if isinstance(value, str) else value for name, value in line.items()}
-                )
-            data = f"{text[: MAX_LINE_BYTES - 1]}\n".encode()
-            if self._put_bytes - self._written_bytes > self.bound_bytes + self.event_bytes:
-                self.dropped += 1
-            else:
-                self._put_bytes += len(data)
-                self._lines.put(data)
+                cut = {name: value[:200] if isinstance(value, str) else value for name, value in line.items()}
+                text = json.dumps(cut, default=str)[: MAX_LINE_BYTES - 1]
+            self._put_bytes += len(text) + 1  # JSON is ASCII here
+            self._lines.put(f"{text}\n".encode())
 
     def requests(self, handlers: Sequence[ProfileHandler]) -> None:
         """Write a line for each answered request; every value is from a closed set, or its characters were checked."""
-        now, lines = time.time(), []
+        now, lines, operation, spent = time.time(), [], None, ""
         stamp = f"{timestamp(int(now))}.{int(now % 1 * 1000):03d}Z"
         beginnings: dict[tuple[str, str, int], str] = {}
-        operation, spent = None, ""
         for handler in handlers:
             key = (handler.route, handler.command, handler.status)
-            beginning = beginnings.get(key)
-            if beginning is None:
+            if (beginning := beginnings.get(key)) is None:
                 quiet = handler.route in QUIET_ROUTES
                 if quiet and not self.debug:
                     continue
@@ -2338,23 +1974,19 @@ class Log:
         """Write what comes until None does, in the log's thread; a closed output stops nobody."""
         while True:
             chunks = [self._lines.get()]
-            with contextlib.suppress(queue.Empty):
-                while chunks[-1] is not None:
-                    chunks.append(self._lines.get_nowait())
-            data = b"".join(filter(None, chunks))
+            while self._lines.qsize():
+                chunks.append(self._lines.get())
+            data = left = b"".join(filter(None, chunks))
             with contextlib.suppress(OSError):
-                self._write(data)
+                while left:
+                    try:
+                        left = left[os.write(self._descriptor, left) :]
+                    except BlockingIOError:  # somebody else has made it non-blocking
+                        select.select([], [self._descriptor], [], 1.0)
             self._written_bytes += len(data)
-            if chunks[-1] is None:
+            if None in chunks:
                 return
             time.sleep(self.gather_seconds)
-
-    def _write(self, data: bytes) -> None:
-        while data:
-            try:
-                data = data[os.write(self._descriptor, data) :]
-            except BlockingIOError:  # somebody else has made it non-blocking
-                select.select([], [self._descriptor], [], 1.0)
 
     def close(self, seconds: float = 1.0) -> None:
         """Write what waits, for so long at most."""
@@ -2362,18 +1994,12 @@ class Log:
         self._writer.join(seconds)
 
 
-_TELLING = ("first_error_code", "first_error_message", "http_status", "last_dispatched_to", "retry_reasons")
-
-
 def describe(error: BaseException) -> str:
     """Name an exception for the log in one short line, without the keys and statements of the SDK's own texts."""
-    kind = type(error).__name__
+    kind, context = type(error).__name__, error_context(error)
     with contextlib.suppress(Exception):  # some of the SDK's raise one of their own for their text
-        if not isinstance(error, cb.CouchbaseException):
-            return f"{kind}: {str(error)[:500]}"
-        context = error_context(error)
-        details = [f"{name}={context[name]}" for name in _TELLING if context.get(name)]
-        return f"{kind}: {', '.join([str(error.message)[:300], *details])}"
+        text = str(error.message)[:300] if isinstance(error, cb.CouchbaseException) else str(error)[:500]
+        return ", ".join([f"{kind}: {text}", *(f"{name}={context[name]}" for name in _TELLING if context.get(name))])
     return kind
 
 
@@ -2386,27 +2012,13 @@ def error_context(error: BaseException) -> dict[str, Any]:
 
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-ROUTES = (
-    *("/api/v1/id/{id}", "/api/v1/nickname/{nickname}", "/api/v1/username/{username}"),
-    *("/api/v1/picture/record/{id}", "/api/v1/picture/raw/{id}"),
-    *("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "other"),
-)
-METHODS = ("GET", "HEAD", "OPTIONS", "other")
-STATUSES = (200, 204, 304, 400, 401, 404, 405, 408, 413, 414, 417, 422, 431, 500, 503, 504)
-OPERATIONS = ("get", "get_multi", "get_any_replica", "lookup_in", "query")
-OUTCOMES = ("ok", "not_found", "timeout", "unavailable", "error")
-REASONS = ("malformed", "too_large", "too_slow", "overloaded", "not_ready")
-SERVICES = ("key-value", "query")
-# Seconds; the finest are those of a cache hit on the same machine, the last is the longest time-out allowed.
-BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-
 
 class Family(NamedTuple):
     """One metric: its name, its kind, its labels, each of a closed set of values."""
 
     name: str
-    kind: str
     help: str
+    kind: str = "gauge"
     labels: tuple[tuple[str, tuple[object, ...]], ...] = ()
 
     def series(self) -> list[tuple[object, ...]]:
@@ -2415,29 +2027,35 @@ class Family(NamedTuple):
 
 
 # fmt: off
-FAMILIES = (
-    Family("http_requests_total", "counter", "Answered requests.",
-           (("route", ROUTES), ("method", METHODS), ("status", STATUSES))),
-    Family("http_request_duration_seconds", "histogram", "From a whole request to its answer.", (("route", ROUTES),)),
-    Family("http_queue_seconds", "histogram", "From a whole request to the thread that takes it."),
-    Family("http_requests_in_flight", "gauge", "Requests that wait or are being answered."),
-    Family("http_connections", "gauge", "Open client connections."),
-    Family("http_rejected_total", "counter", "Requests refused before they were worked on.", (("reason", REASONS),)),
-    Family("couchbase_operations_total", "counter", "Finished operations.",
-           (("operation", OPERATIONS), ("outcome", OUTCOMES))),
-    Family("couchbase_operation_duration_seconds", "histogram", "Duration of operations.",
-           (("operation", OPERATIONS),)),
-    Family("couchbase_breaker_state", "gauge", "0 closed, 1 half-open, 2 open.", (("service", SERVICES),)),
-    Family("couchbase_ready", "gauge", "Whether profiles can be served."),
-    Family("auth_failures_total", "counter", "Requests without a valid token."),
-    Family("log_lines_dropped_total", "counter", "Log lines that nobody read in time."),
-    Family("process_cpu_seconds_total", "counter", "CPU time of the process."),
-    Family("process_resident_memory_bytes", "gauge", "Resident memory of the process."),
-    Family("process_open_fds", "gauge", "Open file descriptors of the process."),
-    Family("process_max_fds", "gauge", "Limit of open file descriptors."),
-    Family("process_start_time_seconds", "gauge", "Start of the service."),
-    Family("build_info", "gauge", "The service's version.", (("version", (__version__,)),)),
-)
+ROUTES = ("/api/v1/id/{id}", "/api/v1/nickname/{nickname}", "/api/v1/username/{username}", "/api/v1/picture/raw/{id}",
+          "/api/v1/picture/record/{id}", "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "other")
+METHODS = ("GET", "HEAD", "OPTIONS", "other")
+STATUSES = (200, 204, 304, 400, 401, 404, 405, 408, 413, 414, 417, 422, 431, 500, 503, 504)
+OPERATIONS = ("get", "get_multi", "get_any_replica", "lookup_in", "query")
+OUTCOMES = ("ok", "not_found", "timeout", "unavailable", "error")
+REASONS = ("malformed", "too_large", "too_slow", "overloaded", "not_ready")
+# Seconds; the finest are those of a cache hit on the same machine, the last is the longest time-out allowed.
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+FAMILIES = tuple(itertools.starmap(Family, (
+    ("http_requests_total", "Answered requests.", "counter",
+     (("route", ROUTES), ("method", METHODS), ("status", STATUSES))),
+    ("http_request_duration_seconds", "From a whole request to its answer.", "histogram", (("route", ROUTES),)),
+    ("http_queue_seconds", "From a whole request to the thread that takes it.", "histogram"),
+    ("http_requests_in_flight", "Requests that wait or are being answered."),
+    ("http_rejected_total", "Requests refused before they were worked on.", "counter", (("reason", REASONS),)),
+    ("couchbase_operations_total", "Finished operations.", "counter",
+     (("operation", OPERATIONS), ("outcome", OUTCOMES))),
+    ("couchbase_operation_duration_seconds", "Duration of operations.", "histogram", (("operation", OPERATIONS),)),
+    ("couchbase_breaker_state", "0 closed, 1 half-open, 2 open.", "gauge", (("service", ("key-value", "query")),)),
+    ("couchbase_ready", "Whether profiles can be served."),
+    ("auth_failures_total", "Requests without a valid token.", "counter"),
+    ("log_lines_dropped_total", "Log lines that nobody read in time.", "counter"),
+    ("process_cpu_seconds_total", "CPU time of the process.", "counter"),
+    ("process_resident_memory_bytes", "Resident memory of the process."),
+    ("process_open_fds", "Open file descriptors of the process."), ("http_connections", "Open client connections."),
+    ("process_max_fds", "Limit of open file descriptors."), ("process_start_time_seconds", "Start of the service."),
+    ("build_info", "The service's version.", "gauge", (("version", (__version__,)),)),
+)))
 # fmt: on
 
 
@@ -2445,14 +2063,11 @@ class Metrics:
     """The numbers of this process: counters and gauges by key, histograms as a list of buckets with the sum behind."""
 
     def __init__(self) -> None:
-        single, several = ([row for row in FAMILIES if (row.kind == "histogram") == many] for many in (False, True))
-        self._numbers: dict[tuple[object, ...], float] = dict.fromkeys(
-            (key for row in single for key in row.series()), 0
-        )
-        self._histograms = {key: [0.0] * (len(BUCKETS) + 2) for row in several for key in row.series()}
+        keys = [(key, family.kind) for family in FAMILIES for key in family.series()]
+        self._numbers: dict[tuple[object, ...], float] = {key: 0 for key, kind in keys if kind != "histogram"}
+        self._histograms = {key: [0.0] * (len(BUCKETS) + 2) for key, kind in keys if kind == "histogram"}
         self.finished: list[Operation] = []  # counted with the answers, which must not wait for that
-        self.put(time.time(), "process_start_time_seconds")
-        self.put(1, "build_info", __version__)
+        self._numbers |= {("build_info", __version__): 1, ("process_start_time_seconds",): time.time()}
 
     def add(self, *key: object) -> None:
         """Count one."""
@@ -2484,32 +2099,27 @@ class Metrics:
     def render(self) -> bytes:
         """Return all in Prometheus' text format, version 0.0.4."""
         self.answers(())  # operations that no answer has followed: the background check's
-        lines = []
+        lines, bounds = [], [f'le="{bound}"' for bound in (*BUCKETS, "+Inf")]
         for family in FAMILIES:
             lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
             for key in family.series():
-                labels = ",".join(f'{name}="{value}"' for (name, _), value in zip(family.labels, key[1:], strict=True))
+                labels = [f'{label}="{value}"' for (label, _), value in zip(family.labels, key[1:], strict=True)]
+                braces = f"{{{','.join(labels)}}}" if labels else ""
                 if family.kind == "histogram":
-                    lines += self._histogram(family.name, labels, self._histograms[key])
+                    *buckets, total = self._histograms[key]
+                    counts = list(itertools.accumulate(map(int, buckets)))
+                    if counts[-1] or not labels:
+                        for bound, count in zip(bounds, counts, strict=True):
+                            lines.append(f"{family.name}_bucket{{{','.join([*labels, bound])}}} {count}")
+                        lines += [f"{family.name}_sum{braces} {total}", f"{family.name}_count{braces} {counts[-1]}"]
                 elif self._numbers[key] or family.name != "http_requests_total":  # too many to name those at zero
-                    lines.append(f"{family.name}{f'{{{labels}}}' if labels else ''} {self._numbers[key]:.17g}")
+                    lines.append(f"{family.name}{braces} {self._numbers[key]:.17g}")
         return "\n".join([*lines, ""]).encode()
-
-    def _histogram(self, name: str, labels: str, numbers: list[float]) -> list[str]:
-        counts = list(itertools.accumulate(map(int, numbers[:-1])))
-        if labels and not counts[-1]:
-            return []
-        more, braces = (f"{labels},", f"{{{labels}}}") if labels else ("", "")
-        bounds = zip([*map(str, BUCKETS), "+Inf"], counts, strict=True)
-        lines = [f'{name}_bucket{{{more}le="{bound}"}} {count}' for bound, count in bounds]
-        return [*lines, f"{name}_sum{braces} {numbers[-1]}", f"{name}_count{braces} {counts[-1]}"]
 
 
 def process_usage() -> dict[str, float]:
     """Return what this process uses, by the metrics' names; what the system does not tell is missing."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    usage: dict[str, float] = {"process_cpu_seconds_total": used.ru_utime + used.ru_stime}
-    usage["process_max_fds"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    usage = {"process_cpu_seconds_total": time.process_time(), "process_max_fds": os.sysconf("SC_OPEN_MAX")}
     with contextlib.suppress(OSError):  # not Linux
         with open("/proc/self/statm", encoding="ascii") as file:
             usage["process_resident_memory_bytes"] = int(file.read().split()[1]) * resource.getpagesize()
@@ -2519,81 +2129,57 @@ def process_usage() -> dict[str, float]:
 
 # ── Traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # `opentelemetry-instrument` sets OpenTelemetry up by its own OTEL_… variables. Without it nothing is traced.
+# Names and attributes are of its semantic conventions; paths, keys and parameters, being personal data, are left out.
 
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
 def trace_id(traceparent: str) -> str:
     """Return the trace id of a W3C traceparent, or nothing if it is none."""
     found = _TRACEPARENT.fullmatch(traceparent)
-    return found[1] if found and not traceparent.startswith("ff") else ""
+    return found[1] if found else ""
 
 
 def find_tracer() -> Any:
     """Return a tracer if this process has a provider of them, else None."""
     trace: Any = sys.modules.get("opentelemetry.trace")
-    if trace is None or isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        return None
-    return trace.get_tracer("micro_svc_demo", __version__)
+    found = trace and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+    return trace.get_tracer("micro_svc_demo", __version__) if found else None
 
 
 def stop_tracing() -> None:
     """Send what is not sent yet."""
-    trace: Any = sys.modules.get("opentelemetry.trace")
-    shutdown = getattr(trace and trace.get_tracer_provider(), "shutdown", None)
-    if shutdown:
-        shutdown()
+    with contextlib.suppress(KeyError, AttributeError):  # nothing traces
+        sys.modules["opentelemetry.trace"].get_tracer_provider().shutdown()
 
 
 def record_spans(tracer: Any, handler: ProfileHandler, namespace: str) -> None:
-    """Record an answered request as a server span, and its Couchbase operation as a child.
-
-    Names and attributes are those of OpenTelemetry's semantic conventions for HTTP and databases. Paths, keys and
-    parameters are left out: nicknames and usernames are personal data.
-    """
+    """Record an answered request as a server span, and its Couchbase operation as a child."""
     from opentelemetry import propagate, trace  # noqa: PLC0415  # there, as there is a tracer
-    from opentelemetry.trace import SpanKind, Status, StatusCode  # noqa: PLC0415
+    from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415
 
-    offset = time.time() - time.monotonic()
-
-    def nanoseconds(moment: float) -> int:
-        return int((moment + offset) * 1e9)
-
-    def end(span: Any, ended: float, error: str) -> None:
-        if error:
-            span.set_status(Status(StatusCode.ERROR))
-            span.set_attribute("error.type", error)
-        span.end(nanoseconds(ended))
-
-    route = handler.route or "other"
-    span = tracer.start_span(
-        f"{handler.command or 'HTTP'} {route}",
-        context=propagate.extract(handler.headers),
-        kind=SpanKind.SERVER,
-        start_time=nanoseconds(handler.started),
-        attributes={
-            "http.request.method": handler.command or "_OTHER",
-            "http.route": route,
-            "http.response.status_code": handler.status,
-            "url.scheme": "http",
-            "network.protocol.version": handler.request_version.removeprefix("HTTP/"),
-            "client.address": handler.client,
-        },
-    )
-    if done := handler.operation:
+    wall, route, done = time.time_ns() - time.monotonic_ns(), handler.route or "other", handler.operation
+    attributes: dict[str, object] = {"http.request.method": handler.command or "_OTHER", "http.route": route}
+    attributes |= {"http.response.status_code": handler.status, "client.address": handler.client, "url.scheme": "http"}
+    attributes["network.protocol.version"] = handler.request_version.removeprefix("HTTP/")
+    name, parent = f"{handler.command or 'HTTP'} {route}", propagate.extract(handler.headers)
+    span = tracer.start_span(name, parent, SpanKind.SERVER, attributes, start_time=wall + int(handler.started * 1e9))
+    if handler.status >= 500:  # noqa: PLR2004
+        span.set_status(StatusCode.ERROR)
+        span.set_attribute("error.type", str(handler.status))
+    if done:
+        query = done.name == "query"
         attributes = {"db.system.name": "couchbase", "db.operation.name": done.name, "db.namespace": namespace}
-        attributes["db.query.text" if done.name == "query" else "db.collection.name"] = done.target
+        attributes["db.query.text" if query else "db.collection.name"] = done.target
         if done.size > 1:
             attributes["db.operation.batch.size"] = str(done.size)
-        child = tracer.start_span(
-            done.name if done.name == "query" else f"{done.name} {done.target}",
-            context=trace.set_span_in_context(span),
-            kind=SpanKind.CLIENT,
-            start_time=nanoseconds(done.started),
-            attributes=attributes,
-        )
-        end(child, done.started + done.seconds, "" if done.outcome in {"ok", "not_found"} else done.outcome)
-    end(span, handler.started + handler.seconds, str(handler.status) if handler.status >= 500 else "")  # noqa: PLR2004
+        name, parent = done.name if query else f"{done.name} {done.target}", trace.set_span_in_context(span)
+        child = tracer.start_span(name, parent, SpanKind.CLIENT, attributes, start_time=wall + int(done.started * 1e9))
+        if done.outcome not in {"ok", "not_found"}:
+            child.set_status(StatusCode.ERROR)
+            child.set_attribute("error.type", done.outcome)
+        child.end(wall + int((done.started + done.seconds) * 1e9))
+    span.end(wall + int((handler.started + handler.seconds) * 1e9))
 
 
 # ── Processor ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2603,12 +2189,9 @@ def record_spans(tracer: Any, handler: ProfileHandler, namespace: str) -> None:
 
 def busy_seconds(stat: str) -> dict[int, float]:
     """Return for how long each processor has been busy since the machine started, by /proc/stat (proc_stat(5))."""
-    busy = {}
-    for line in stat.splitlines():
-        if name := re.match(r"cpu([0-9]+) ", line):
-            user, nice, system, _idle, _waiting, *others = map(int, line.split()[1:9])
-            busy[int(name[1])] = sum((user, nice, system, *others)) / os.sysconf("SC_CLK_TCK")
-    return busy
+    # of user, nice, system, idle, iowait, irq, softirq and steal all but the two in the middle
+    rows = re.findall(r"^cpu(\d+) (\d+) (\d+) (\d+) \d+ \d+ (\d+) (\d+) (\d+)", stat, re.MULTILINE)
+    return {number: sum(ticks) / os.sysconf("SC_CLK_TCK") for number, *ticks in (map(int, row) for row in rows)}
 
 
 def calmer_processors(pinned: int, others: Mapping[int, float], margin: float = 0.25) -> list[int]:
@@ -2619,52 +2202,41 @@ def calmer_processors(pinned: int, others: Mapping[int, float], margin: float = 
 class Processor:
     """Keeps all threads of this process pinned to one processor, and moves them when others crowd it."""
 
-    look_seconds = 1.0
-    arena_max = -8  # M_ARENA_MAX of glibc's malloc.h
-
     @classmethod
     def pin(cls, settings: Settings) -> Processor | None:
         """Pin the calling thread, and those that it will start, if the settings want it and the system lets it."""
-        with contextlib.suppress(OSError, KeyError, AttributeError):
+        with contextlib.suppress(OSError, AttributeError):
             return cls() if settings.cpu_affinity == "auto" else None
         return None
 
     def __init__(self) -> None:
         self._allowed = sorted(os.sched_getaffinity(0))
         self.pinned = random.choice(self._allowed)  # noqa: S311  # not a secret
-        self._seen = self._look()
+        self._seen: tuple[float, float, dict[int, float]] = (0.0, 0.0, {})  # when `keep` looked last, and what it saw
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # woken threads do not interrupt others (sched(7))
         os.sched_setaffinity(0, {self.pinned})
         # Threads that never run at the same time need no heaps of their own (mallopt(3)), whose memory adds up.
         with contextlib.suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).mallopt(self.arena_max, 1)
-
-    def _look(self) -> tuple[float, float, dict[int, float]]:
-        """Return now, this process's CPU seconds, and the busy seconds of the processors it may use."""
-        with open("/proc/stat", encoding="ascii") as file:
-            busy = busy_seconds(file.read())
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        return time.monotonic(), used.ru_utime + used.ru_stime, {number: busy[number] for number in self._allowed}
+            ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX of malloc.h
 
     def keep(self) -> bool:
         """Move to a calmer processor if others crowd this one; tell whether it has. Called about once a second."""
-        (then, used_then, busy_then), (now, used, busy) = self._seen, self._look()
-        if now < then + self.look_seconds:
-            return False
-        self._seen = now, used, busy
-        others = {number: (busy[number] - busy_then[number]) / (now - then) for number in self._allowed}
-        others[self.pinned] -= (used - used_then) / (now - then)
+        with open("/proc/stat", encoding="ascii") as file:
+            busy = busy_seconds(file.read())
+        now, used = time.monotonic(), time.process_time()
+        (then, used_then, busy_then), self._seen = self._seen, (now, used, busy)
+        seconds = max(1.0, now - then)  # in less, as in a drain, no processor looks crowded
+        others = {number: (busy[number] - busy_then.get(number, busy[number])) / seconds for number in self._allowed}
+        others[self.pinned] -= (used - used_then) / seconds
         calmer = calmer_processors(self.pinned, others)
         # by chance, as two processes that have met on one processor must not go on meeting
         if not calmer or random.getrandbits(1):
             return False
         self.pinned = random.choice(calmer)  # noqa: S311  # not a secret
-        moved: set[str] = set()
-        while left := set(os.listdir("/proc/self/task")) - moved:  # threads that one just moved starts come along
-            for thread in left:
+        for _ in range(2):  # again for threads that those not moved yet have started meanwhile
+            for thread in os.listdir("/proc/self/task"):
                 with contextlib.suppress(ProcessLookupError):  # it has ended
                     os.sched_setaffinity(int(thread), {self.pinned})
-            moved |= left
         return True
 
 
@@ -2684,18 +2256,14 @@ _EXAMPLES: dict[str, _JSON] = {
         "record_id": 1, "name": "Tina Walker", "nickname": "doc", "picture": 1, "user_id": "twalker1",
         "email": "tina.walker1@example.org", "email_verified": True, "first_name": "Tina", "last_name": "Walker",
         "address": "1334 Deanna Crossing Apt. 325", "city": "Matthewbury", "state": "IL", "zip_code": "60872",
-        "phone": "+1-285-555-0143", "date_of_birth": "1959-12-01",
-    },
-    "PictureRecord": {
-        "record_id": 1, "type": "png",
-        "image": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg==",
-    },
+        "phone": "+1-285-555-0143", "date_of_birth": "1959-12-01"},
+    "PictureRecord": {"record_id": 1, "type": "png", "image":
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="},
     "Problem": json.loads(unavailable("not ready", reasons=["draining"]).document("3f9c2a-1d")),
 }
 _ALWAYS = ("record_id", "title", "status", "detail", "request_id")  # members that no object lacks
 _MEMBERS: dict[str, _JSON] = {  # what their types do not say
-    "picture": {"description": "the id of a picture"},
-    "date_of_birth": {"format": "date"},
+    "picture": {"description": "the id of a picture"}, "date_of_birth": {"format": "date"},
     "type": {"description": f"of the media type image/…; usable if it matches `{_PICTURE_TYPE.pattern}`"},
     "image": {"contentEncoding": "base64"},
     "reasons": {"description": "why it is not ready", "items": {"type": "string"}},
@@ -2705,9 +2273,8 @@ _PARAMETERS: dict[str, _JSON] = {
     "id": _PATH | {"description": f"up to {MAX_KEY_BYTES} bytes, collection and colon included", "example": "1"},
     "nickname": _PATH | {"description": "matched exactly", "example": "doc"},
     "username": _PATH | {"description": "matched exactly", "example": "twalker1"},
-    "limit": {"in": "query", "schema": {
-        "type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT}},
-    "offset": {"in": "query", "schema": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET, "default": 0}},
+    "limit": {"in": "query", "schema": dict(type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)},
+    "offset": {"in": "query", "schema": dict(type="integer", minimum=0, maximum=MAX_OFFSET, default=0)},
     # no example: Swagger UI would send it with every request that it tries out
     "If-None-Match": {"in": "header", "description": "the ETag that the caller has", "schema": {"type": "string"}},
 }
@@ -2716,145 +2283,105 @@ _FIELDS: dict[str, _JSON] = {  # of answers
     "Link": {"example": '</api/v1/nickname/doc?limit=2&offset=2>; rel="next"', "description": "the next page, if any"},
     "X-Couchbase-Replica": {"example": "true", "description": "from a replica, which may lag; missing otherwise"},
     "Content-Security-Policy": {"example": "default-src 'none'; sandbox", "description": "what it may do as a page"},
-    "WWW-Authenticate": {"example": "Bearer"},
+    "WWW-Authenticate": {"example": "Bearer"}, "Allow": {"example": "GET, HEAD"},
     "Retry-After": {"example": "1", "description": "in seconds"},
-    "Allow": {"example": "GET, HEAD"},
 }
-_ANSWERS = {  # all but the 200s: an example of the problem's detail, and names of header fields
-    "304": ("", "ETag X-Couchbase-Replica Content-Security-Policy"),
-    "400": (f"limit must be one number from 1 to {MAX_LIMIT}", ""),
-    "401": ("a valid bearer token is required", "WWW-Authenticate"),
-    "404": ("no such document", ""),
-    "405": ("POST is not supported", "Allow"),
-    "408": ("the request did not arrive in time", ""),
-    "413": ("a request has no body here", ""),
-    "414": (f"the target is longer than {MAX_TARGET_BYTES} bytes", ""),
-    "417": ("the only expectation that can be met is 100-continue", ""),
-    "422": ("the picture record has no usable type or base64 image", ""),
-    "431": (f"the head is longer than {MAX_HEAD_BYTES} bytes", ""),
-    "500": ("unexpected failure", ""),
-    "503": ("not ready", "Retry-After"),
-    "504": ("Couchbase did not answer in time", ""),
+_ANSWERS = {  # all but the 200s: an example of the problem's detail, which a 304 has not
+    304: "", 400: f"limit must be one number from 1 to {MAX_LIMIT}", 401: "a valid bearer token is required",
+    404: "no such document", 405: "POST is not supported", 408: "the request did not arrive in time",
+    413: "a request has no body here", 417: "the only expectation that can be met is 100-continue", 504: _TOO_SLOW,
+    414: f"the target is longer than {MAX_TARGET_BYTES} bytes", 431: f"the head is longer than {MAX_HEAD_BYTES} bytes",
+    422: "the picture record has no usable type or base64 image", 500: "unexpected failure", 503: "not ready",
 }
+_ANSWER_FIELDS = {304: "ETag X-Couchbase-Replica Content-Security-Policy", 401: "WWW-Authenticate", 405: "Allow",
+                  503: "Retry-After"}
 _ANY_ROUTE = "400 408 413 414 417 431 500 503"
 _BY_ID = "id If-None-Match ETag X-Couchbase-Replica 304 401 404 504"
 _BY_NAME = "limit offset Link 401 404 504"
-# Tag, operation, path, summary; names of parameters, of the 200's header fields and of other answers; the 200's media
-# type, and what its body is: a list with this schema, or as OpenAPI says it.
-_ROUTES: tuple[tuple[str, str, str, str, str, str, str | _JSON], ...] = (
-    ("profiles", "profile_by_id", "/api/v1/id/{id}", "The profile with this id", _BY_ID, JSON_TYPE, "Profile"),
+# Tag, operation, path, summary; names of parameters, of the 200's header fields and of other answers; the 200's body:
+# a list with this schema, or its content as OpenAPI says it.
+_ROUTES: tuple[tuple[str, str, str, str, str, str | _JSON], ...] = (
+    ("profiles", "profile_by_id", "/api/v1/id/{id}", "The profile with this id", _BY_ID, "Profile"),
     ("profiles", "profiles_by_nickname", "/api/v1/nickname/{nickname}",
-     "The profiles with this nickname, ordered by document id", f"nickname {_BY_NAME}", JSON_TYPE, "Profile"),
+     "The profiles with this nickname, ordered by document id", f"nickname {_BY_NAME}", "Profile"),
     ("profiles", "profiles_by_username", "/api/v1/username/{username}",
-     "The profiles with this username (user_id), ordered by document id", f"username {_BY_NAME}", JSON_TYPE, "Profile"),
-    ("pictures", "picture_record", "/api/v1/picture/record/{id}", "The record of a picture",
-     _BY_ID, JSON_TYPE, "PictureRecord"),
+     "The profiles with this username (user_id), ordered by document id", f"username {_BY_NAME}", "Profile"),
+    ("pictures", "picture_record", "/api/v1/picture/record/{id}", "The record of a picture", _BY_ID, "PictureRecord"),
     ("pictures", "picture", "/api/v1/picture/raw/{id}", "The picture itself",
-     f"{_BY_ID} 422 Content-Security-Policy", "image/*", {}),
-    ("operation", "healthz", "/healthz", "Liveness", "", JSON_TYPE, {"example": {"status": "alive"}}),
-    ("operation", "readyz", "/readyz", "Readiness to serve profiles; 503 has the reasons why not",
-     "", JSON_TYPE, {"example": {"status": "ready", "breakers": {"key-value": "closed", "query": "closed"}}}),
-    ("operation", "metrics", "/metrics", "Prometheus' text format, on the metrics port; 404 on the other",
-     "404", "text/plain", {}),
-    ("operation", "openapi", "/openapi.json", "This document", "", JSON_TYPE, {}),
-    ("operation", "docs", "/docs", "Swagger UI on this document", "Content-Security-Policy", "text/html", {}),
+     f"{_BY_ID} 422 Content-Security-Policy", {"image/*": {}}),
+    ("operation", "healthz", "/healthz", "Liveness", "", {JSON_TYPE: {"example": {"status": "alive"}}}),
+    ("operation", "readyz", "/readyz", "Readiness to serve profiles; 503 has the reasons why not", "",
+     {JSON_TYPE: {"example": {"status": "ready", "breakers": {"key-value": "closed", "query": "closed"}}}}),
+    ("operation", "metrics", "/metrics", "Prometheus' text format, on the metrics port; 404 on the other", "404",
+     {"text/plain": {}}),
+    ("operation", "openapi", "/openapi.json", "This document", "", {JSON_TYPE: {}}),
+    ("operation", "docs", "/docs", "Swagger UI on this document", "Content-Security-Policy", {"text/html": {}}),
 )
+_SECURITY = {"bearer": {"type": "http", "scheme": "bearer"}, "token": {
+    "type": "apiKey", "in": "header", "name": "x-access-token", "description": "the same token"}}
+# Without `validatorUrl: null` a validator on the internet would be told the document's URL.
+_SCRIPT = 'window.SwaggerUIBundle?.({url: "/openapi.json", dom_id: "#docs", validatorUrl: null, tryItOutEnabled: true})'
 # fmt: on
 
 
 def _refs(kind: str, known: Iterable[str], names: str) -> dict[str, _JSON]:
-    """Refer to those of the known components that are named, with spaces between the names."""
     return {name: {"$ref": f"#/components/{kind}/{name}"} for name in known if name in names.split()}
-
-
-def _schema(example: _JSON) -> _JSON:
-    types = {bool: "boolean", int: "integer", str: "string", list: "array"}
-    members = {name: {"type": types[type(value)]} | _MEMBERS.get(name, {}) for name, value in example.items()}
-    return {"type": "object", "required": [name for name in example if name in _ALWAYS], "properties": members}
-
-
-def _responses() -> _JSON:
-    described = {}
-    for status, (detail, names) in _ANSWERS.items():
-        answer: _JSON = {"description": HTTPStatus(int(status)).phrase, "headers": _refs("headers", _FIELDS, names)}
-        if detail:
-            example = json.loads(ProblemError(int(status), detail).document("3f9c2a-1d"))
-            answer["content"] = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
-        described[status] = answer
-    return described
-
-
-def _paths() -> _JSON:
-    paths = {}
-    for tag, name, path, summary, names, media_type, described in _ROUTES:
-        body = described
-        if isinstance(described, str):
-            schema = {"type": "array", "minItems": 1, "maxItems": MAX_LIMIT if "limit" in names else 1}
-            schema["items"] = {"$ref": f"#/components/schemas/{described}"}
-            body = {"schema": schema, "example": [_EXAMPLES[described]]}
-        answer = {"description": summary, "headers": _refs("headers", _FIELDS, names), "content": {media_type: body}}
-        operation = {
-            "operationId": name,
-            "tags": [tag],
-            "summary": summary,
-            "security": [] if tag == "operation" else [{"bearer": []}, {"token": []}],
-            "parameters": list(_refs("parameters", _PARAMETERS, names).values()),
-            "responses": {"200": answer} | _refs("responses", _ANSWERS, f"{names} {_ANY_ROUTE}"),
-        }
-        paths[path] = {"get": operation}
-    return paths
 
 
 @functools.cache
 def openapi() -> bytes:
     """Return the OpenAPI document as JSON; made once, as it stays the same."""
-    components = {
-        "schemas": {name: _schema(example) for name, example in _EXAMPLES.items()},
-        "responses": _responses(),
-        "parameters": {name: {"name": name} | described for name, described in _PARAMETERS.items()},
-        "headers": {name: {"schema": {"type": "string"}} | described for name, described in _FIELDS.items()},
-        "securitySchemes": {
-            "bearer": {"type": "http", "scheme": "bearer"},
-            "token": {"type": "apiKey", "in": "header", "name": "x-access-token", "description": "the same token"},
-        },
-    }
+    types = {bool: "boolean", int: "integer", str: "string", list: "array"}
+    components: dict[str, _JSON] = {"schemas": {}, "responses": {}, "securitySchemes": _SECURITY}
+    components["parameters"] = {name: {"name": name} | described for name, described in _PARAMETERS.items()}
+    components["headers"] = {name: {"schema": {"type": "string"}} | described for name, described in _FIELDS.items()}
+    for name, example in _EXAMPLES.items():
+        parts = {key: {"type": types[type(value)]} | _MEMBERS.get(key, {}) for key, value in example.items()}
+        required = [key for key in example if key in _ALWAYS]
+        components["schemas"][name] = {"type": "object", "required": required, "properties": parts}
+    for status, detail in sorted(_ANSWERS.items()):
+        fields = _refs("headers", _FIELDS, _ANSWER_FIELDS.get(status, ""))
+        components["responses"][str(status)] = answer = {"description": HTTPStatus(status).phrase, "headers": fields}
+        if detail:
+            example = json.loads(ProblemError(status, detail).document("3f9c2a-1d"))
+            answer["content"] = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
+    paths = {}
+    for tag, name, path, summary, names, content in _ROUTES:
+        body = content
+        if isinstance(content, str):
+            schema = {"type": "array", "minItems": 1, "maxItems": MAX_LIMIT if "limit" in names else 1}
+            schema["items"] = {"$ref": f"#/components/schemas/{content}"}
+            body = {JSON_TYPE: {"schema": schema, "example": [_EXAMPLES[content]]}}
+        answer = {"description": summary, "headers": _refs("headers", _FIELDS, names), "content": body}
+        operation: _JSON = {"operationId": name, "tags": [tag], "summary": summary}
+        operation["security"] = [] if tag == "operation" else [{"bearer": []}, {"token": []}]
+        operation["parameters"] = list(_refs("parameters", _PARAMETERS, names).values())
+        operation["responses"] = {"200": answer} | _refs("responses", components["responses"], f"{names} {_ANY_ROUTE}")
+        paths[path] = {"get": operation}
     info = {"title": "User profiles", "version": __version__, "description": _DESCRIPTION}
-    document = {"openapi": "3.1.0", "info": info, "paths": _paths(), "components": components}
+    document = {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
     return json.dumps(document, ensure_ascii=False).encode()
 
 
-# Without `validatorUrl: null` a validator on the internet would be told the document's URL.
-_DOCS_SCRIPT = (
-    'window.SwaggerUIBundle?.({url: "/openapi.json", dom_id: "#docs", validatorUrl: null, tryItOutEnabled: true})'
-)
-
-
+# The hashes are those of the npm package swagger-ui-dist, of the version in DOCS_ASSETS_URL's default:
+# `openssl dgst -sha384 -binary FILE | openssl base64 -A`.
 def docs_page(assets_url: str) -> bytes:
-    """Return a page that loads Swagger UI from `assets_url`; without it, the page still links to the document.
-
-    The hashes are those of the npm package swagger-ui-dist, of the version in DOCS_ASSETS_URL's default:
-    `openssl dgst -sha384 -binary FILE | openssl base64 -A`.
-    """
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="referrer" content="no-referrer">
-<title>User profiles</title>
-<link rel="icon" href="data:,">
+    """Return a page that loads Swagger UI from `assets_url`; without it, the page still links to the document."""
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="referrer" content="no-referrer">
+<title>User profiles</title><link rel="icon" href="data:,">
 <link rel="stylesheet" href="{assets_url}/swagger-ui.css" crossorigin="anonymous"
  integrity="sha384-Ov4/wv3j2bmct8cDc5X4ngJZohVPzEmc6uDPH8WeljUxO5vtoykvMEfbu9Vh6RaW">
 <div id="docs">Swagger UI comes here, unless {assets_url} is out of reach.
  The document itself: <a href="/openapi.json">/openapi.json</a></div>
 <script src="{assets_url}/swagger-ui-bundle.js" crossorigin="anonymous"
  integrity="sha384-ZPehFMQommnnuaZ4rpxgkgTT2DKFVp4hZC/7pLit+9Lek9T1YGSo23eHFbvNkXkw"></script>
-<script>{_DOCS_SCRIPT}</script>
-</html>
+<script>{_SCRIPT}</script></html>
 """.encode()
 
 
 def docs_policy(assets_url: str) -> str:
     """Return the page's Content-Security-Policy, as a whole header field: only what Swagger UI can't do without."""
-    own = base64.b64encode(hashlib.sha256(_DOCS_SCRIPT.encode()).digest()).decode()
+    own = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     return (
         "Content-Security-Policy: default-src 'none'; "
         # whole URLs: an origin that hosts every package would allow any other script of its
