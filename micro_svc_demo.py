@@ -216,6 +216,7 @@ def _with_password(settings: Settings) -> Settings:
 
 
 # ── Problems ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Whatever refuses a request or fails raises one; `ProfileHandler.resume` answers it.
 class ProblemError(Exception):
     """Raised anywhere while a request is answered, and answered in one place as a problem document (RFC 9457).
 
@@ -614,6 +615,7 @@ class ProfileStore:
 
 
 # ── The server ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# `main` makes the one there is; connections and handlers find the store, the log and the metrics by it.
 class ProfileServer(ThreadingHTTPServer):
     """One event loop serves all clients; threads are the store's pools'. The base classes bind, and name the hooks."""
 
@@ -763,6 +765,7 @@ class ProfileServer(ThreadingHTTPServer):
 
 
 # ── Main: from the command line to the last answer ────────────────────────────────────────────────────────────────────
+# `main` is called by the last line of the file, `backoff` by the server while it connects.
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_SECONDS = 0.6  # for which the end waits for the collector of traces, the SDK, and the log
@@ -1829,6 +1832,7 @@ class Health:
 
 
 # ── Tokens and decoded pictures ───────────────────────────────────────────────────────────────────────────────────────
+# What `require_token` and, for raw pictures, `do_GET` look things up in.
 
 
 class Tokens:
@@ -2011,6 +2015,7 @@ def error_context(error: BaseException) -> dict[str, Any]:
 
 
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Counted at the end of each turn of the event loop, rendered for `/metrics`.
 
 
 class Family(NamedTuple):
