@@ -18,7 +18,6 @@ import _thread
 import argparse
 import asyncio
 import base64
-import binascii
 import bisect
 import contextlib
 import ctypes
@@ -210,8 +209,7 @@ def _with_password(settings: Settings) -> Settings:
         with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
             password = file.read(4096).rstrip("\r\n")
     if not password:
-        what = "no password in it; allowed: a readable file with one line of text"
-        raise SettingsError(f"COUCHBASE_PASSWORD_FILE: {what}")
+        raise SettingsError("COUCHBASE_PASSWORD_FILE: no password in it; allowed: a readable file with a line of text")
     return replace(settings, couchbase_password=password)
 
 
@@ -765,7 +763,6 @@ class ProfileServer(ThreadingHTTPServer):
 
 
 # ── Main: from the command line to the last answer ────────────────────────────────────────────────────────────────────
-# `main` is called by the last line of the file, `backoff` by the server while it connects.
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_SECONDS = 0.6  # for which the end waits for the collector of traces, the SDK, and the log
@@ -1192,7 +1189,7 @@ def _names_tag(given: str, tag: str) -> bool:
 def decode_picture(record: bytes) -> tuple[str, bytes]:
     """Return the media type and the bytes of the picture in a record; ProblemError: 422 if there is none."""
     kind, image = None, b""
-    with contextlib.suppress(ValueError, TypeError, KeyError, binascii.Error):
+    with contextlib.suppress(ValueError, TypeError, KeyError):
         members = json.loads(record)
         kind, image = _PICTURE_TYPE.fullmatch(members["type"]), base64.b64decode(members["image"], validate=True)
     if not kind or not image:
@@ -1699,7 +1696,7 @@ class Health:
 
     def __init__(self, database: Database, tokens: Tokens, log: Log, metrics: Metrics) -> None:
         self._database, self._tokens, self._log, self._metrics = database, tokens, log, metrics
-        self._threads = ThreadPoolExecutor(1)  # for the check's own calls
+        self._threads = ThreadPoolExecutor(2)  # for the check's own calls
         self.breaker, self.query_breaker, self.replica_breaker = (
             Breaker(functools.partial(self._tell, service)) for service in ("key-value", "query", "key-value replicas")
         )
@@ -1799,7 +1796,11 @@ class Health:
         if not self.degraded or await self._look_at_vbuckets() or self.answered_at >= self._unanswered_at:
             started = time.monotonic()
             try:
-                return await self.start()  # which is connected by now, and reads the token
+                reading = asyncio.ensure_future(self.start())  # which is connected by now, and reads the token
+                while not (await asyncio.wait({reading}, timeout=0.25))[0]:
+                    if self.degraded:  # the token's node may be the one that is down
+                        await self._look_at_vbuckets()
+                return await reading
             except NoTokenError as error:
                 why = "the token could not be read again; the last one stays"
                 return self._log.event("warning", why, error=str(error))
@@ -1832,7 +1833,6 @@ class Health:
 
 
 # ── Tokens and decoded pictures ───────────────────────────────────────────────────────────────────────────────────────
-# What `require_token` and, for raw pictures, `do_GET` look things up in.
 
 
 class Tokens:
