@@ -150,9 +150,15 @@ def test_a_refusal_takes_less_than_a_millisecond(database: EmulatorProcess, serv
         mark = len(service.lines)
         for _ in range(40):
             assert service.get(path, TOKEN).status in {503, 504}
-        lines = [line for line in service.lines[mark:] if line["message"] == "request" and line["status"] == 503]
-        assert len(lines) >= 30
-        assert statistics.median(line["duration_ms"] for line in lines) < 1.0
+        lines: list[float] = []
+
+        def written(mark: int = mark, lines: list[float] = lines) -> bool:
+            found = [line for line in service.lines[mark:] if line["message"] == "request" and line["status"] == 503]
+            lines[:] = [line["duration_ms"] for line in found]
+            return len(lines) >= 30
+
+        wait_until(written, 5, "the lines")
+        assert statistics.median(lines) < 1.0
 
 
 def test_after_long_trouble_all_is_well_within_5_s(database: EmulatorProcess, service: ServiceProcess) -> None:

@@ -140,5 +140,6 @@ def test_threads_for_trouble_end_when_it_is_over(database: EmulatorProcess) -> N
         assert service.get(IDS[0], TOKEN).status == 503
         assert by_status(ask_at_once(service.port, IDS[:40], TOKEN)) == {200: 40}
         assert calm + 20 < threads(pid) <= calm + 41
-        wait_until(lambda: threads(pid) == calm, micro_svc_demo.Pool.idle_seconds + 20, "the threads' end")
+        # one more: the background check has had a second thread for looking at vBuckets
+        wait_until(lambda: threads(pid) <= calm + 1, micro_svc_demo.Pool.idle_seconds + 20, "the threads' end")
         assert service.get(IDS[0], TOKEN).status == 200
