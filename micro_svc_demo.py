@@ -1000,7 +1000,7 @@ class EndOfTurn(selectors.DefaultSelector):
         """Return the next events."""
         server, loader = self._server, self._server.store.loader
         before = len(server.answered)
-        if loader.waiting or loader.waiting_singles or loader.waiting_queries:
+        if loader.waiting or loader.waiting_singles or loader.waiting_slow or loader.waiting_queries:
             # the larger a batch, the cheaper a key: whoever has come meanwhile is read first
             self._until = self._until or time.monotonic() + self.gather_seconds
             if server.clients > 1 and time.monotonic() < self._until and (events := super().select(0)):
@@ -1365,6 +1365,7 @@ class Loader:
         self.store = store
         self.waiting: dict[str, dict[str, list[Get]]] = {}  # by collection and key, in the order of asking
         self.waiting_singles: deque[Get] = deque()
+        self.waiting_slow: deque[Get] = deque()  # singles that may take long, and get half of the threads
         self.waiting_queries: deque[Query] = deque()
         self.running: set[Query] = set()
         self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)
@@ -1378,8 +1379,6 @@ class Loader:
                 return awaited.finish(unavailable("overloaded: too many queries wait", rejected="overloaded"))
             self.waiting_queries.append(awaited)
         elif isinstance(awaited, Get):
-            if awaited.replica or self.store.health.degraded:
-                return self.waiting_singles.append(awaited)
             waiting = self.waiting.setdefault(awaited.collection, {})
             waiting.setdefault(awaited.key, []).append(awaited)
             if len(waiting) >= self.batch_size:
@@ -1405,10 +1404,13 @@ class Loader:
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free; collections take turns."""
         now = time.monotonic()
-        if self.waiting and self.store.health.degraded:
-            waiting, self.waiting = self.waiting, {}
-            self.waiting_singles += [get for keys in waiting.values() for gets in keys.values() for get in gets]
-        while self.waiting and self._batches.free:
+        degraded, slow = self.store.health.degraded, self.store.health.slow
+        if self.waiting and degraded and slow is not None:
+            for get in [get for keys in self.waiting.values() for gets in keys.values() for get in gets]:
+                apart = vbucket(get.key) in slow and not get.replica
+                (self.waiting_slow if apart else self.waiting_singles).append(get)
+            self.waiting = {}
+        while self.waiting and not degraded and self._batches.free:
             collection = next(iter(self.waiting))
             taken = self.waiting.pop(collection)
             if len(taken) > self.batch_size:
@@ -1417,10 +1419,11 @@ class Loader:
             self._dispatched_at = now
             if (batch := Batch(taken, now)).waiting:
                 self._batches.run(batch)
-        while self.waiting_singles and self._singles.free:
-            get = self.waiting_singles.popleft()
-            if (batch := Batch({get.key: [get]}, now)).waiting:
-                self._singles.run(batch)
+        for singles, reserved in ((self.waiting_slow, self.single_threads // 2), (self.waiting_singles, 0)):
+            while singles and self._singles.free > reserved:
+                get = singles.popleft()
+                if (batch := Batch({get.key: [get]}, now)).waiting:
+                    self._singles.run(batch)
         while self.waiting_queries and self._queries.free:
             query = self.waiting_queries.popleft()
             query.started, query.handler.queue_seconds = now, now - query.handler.started
@@ -1446,6 +1449,7 @@ class Database:
         self._collections: dict[str, Any] = {}
         self.probe_timeout = timedelta(seconds=0.25)  # it can only find out sooner what requests' time-outs would
         self.timeout_seconds = settings.couchbase_timeout_ms / 1000
+        self.key_value_timeout = timedelta(seconds=self.timeout_seconds)
         self.query_timeout_seconds = settings.couchbase_query_timeout_ms / 1000
         consistency = QueryScanConsistency.NOT_BOUNDED
         self._query_options = {"read_only": True, "scan_consistency": consistency, "serializer": _RowBytes()}
@@ -1491,7 +1495,7 @@ class Database:
 
     def fetch_token(self) -> str:
         """Return the service's token; NoTokenError if it answers that there is none, else what the SDK raises."""
-        options = LookupInOptions(timeout=timedelta(seconds=self.timeout_seconds))
+        options = LookupInOptions(timeout=self.key_value_timeout)
         try:
             found = self._collections[AUTH].lookup_in(TOKEN_KEY, [path_get(TOKEN_PATH)], options)
             token = json.loads(found.content_as[bytes](0))
@@ -1503,10 +1507,10 @@ class Database:
             raise NoTokenError(f"the token in {TOKEN_KEY!r} is not 1 to 4096 visible ASCII characters: {PROVISION}")
         return token
 
-    def probe(self, vbuckets: Collection[int]) -> set[int]:
+    def probe(self, vbuckets: Collection[int], timeout: timedelta) -> set[int]:
         """Ask for a document that does not exist in each vBucket, as requests ask; return those that were answered."""
         keys = {probe_keys()[number]: number for number in vbuckets}
-        answer = self._collections[USERS].get_multi(list(keys), return_exceptions=True, timeout=self.probe_timeout)
+        answer = self._collections[USERS].get_multi(list(keys), return_exceptions=True, timeout=timeout)
         return {keys[key] for key, error in answer.exceptions.items() if not failure_of(error).outage}
 
     def probe_queries(self) -> None:
@@ -1693,6 +1697,7 @@ class Health:
 
     check_seconds = 1.5  # between two checks
     degraded_seconds = 5.0  # without a key-value failure, until documents are fetched in batches again
+    look_seconds = 0.5  # between two looks at the vBuckets, while degraded
 
     def __init__(self, database: Database, tokens: Tokens, log: Log, metrics: Metrics) -> None:
         self._database, self._tokens, self._log, self._metrics = database, tokens, log, metrics
@@ -1702,7 +1707,11 @@ class Health:
         )
         self.check_due = asyncio.Event()  # set to have the next check at once
         self.degraded = False  # key-value has failed lately: no document waits for another's failure
-        self.down: set[int] = set()  # vBuckets that are not answered while others are
+        # vBuckets that are not answered soon while others are (None: not known yet); of those, the ones that are not
+        # within a request's time-out either. Slow is not down: it only keeps others from waiting for it.
+        self.slow: set[int] | None = None
+        self.down: set[int] = set()
+        self._watcher: asyncio.Task[None]  # while degraded
         self._calm_at = self._token_read_at = 0.0  # when `degraded` may end; all of these in monotonic seconds
         self.answered_at = self.fetched_at = self.replica_fetched_at = 0.0  # anything; a document; one of a replica
         self._unanswered_at = -1.0  # when the last check began that was not answered
@@ -1725,7 +1734,8 @@ class Health:
             breaker, quiet_until = self.replica_breaker, self.replica_fetched_at + 5.0
         else:
             self.degrade(self.degraded_seconds)
-            breaker, quiet_until = self.breaker, math.inf if vbucket(key) in self.down else self.fetched_at + 0.25
+            slow = self.slow and vbucket(key) in self.slow
+            breaker, quiet_until = self.breaker, math.inf if slow else self.fetched_at + 0.25
         # closed, it counts only while no other document is fetched: else one node of several fails, or replicas lack it
         if ended > quiet_until or breaker.state != Breaker.CLOSED:
             breaker.failed(done.started, ended)
@@ -1734,14 +1744,17 @@ class Health:
         """Have documents fetched one by one for some seconds: few where it may be mere slowness, as that costs more."""
         self._calm_at = max(self._calm_at, time.monotonic() + seconds)
         if not self.degraded:
-            self._judge_calm()
-        self.check_due.set()
+            self.degraded, self.slow = True, None
+            self._watcher = asyncio.ensure_future(self._watch_vbuckets())
+            self.check_due.set()
 
-    def _judge_calm(self) -> None:
-        left = max(self._calm_at - time.monotonic(), 1.0 if self.down or self.breaker.state != Breaker.CLOSED else 0.0)
-        self.degraded = left > 0
-        if self.degraded:
-            asyncio.get_running_loop().call_later(left, self._judge_calm)
+    async def _watch_vbuckets(self) -> None:
+        while self.degraded:
+            with contextlib.suppress(Exception):  # then none is known to be slow
+                await self._look_at_vbuckets()
+            self.slow = self.slow or set()
+            await asyncio.sleep(self.look_seconds)
+            self.degraded = bool(self.slow) or self.breaker.state != Breaker.CLOSED or time.monotonic() < self._calm_at
 
     def breaker_states(self) -> dict[str, str]:
         """Return the state of each service's breaker."""
@@ -1793,14 +1806,10 @@ class Health:
                 await self._call(self._database.probe_queries)
                 self.query_breaker.succeeded(started)  # by now its pauses may be long
         # while nothing is answered, a look at the token would take its whole time-out to say the same
-        if not self.degraded or await self._look_at_vbuckets() or self.answered_at >= self._unanswered_at:
+        if not self.degraded or self.answered_at >= self._unanswered_at:
             started = time.monotonic()
             try:
-                reading = asyncio.ensure_future(self.start())  # which is connected by now, and reads the token
-                while not (await asyncio.wait({reading}, timeout=0.25))[0]:
-                    if self.degraded:  # the token's node may be the one that is down
-                        await self._look_at_vbuckets()
-                return await reading
+                return await self.start()  # which is connected by now, and reads the token
             except NoTokenError as error:
                 why = "the token could not be read again; the last one stays"
                 return self._log.event("warning", why, error=str(error))
@@ -1813,23 +1822,23 @@ class Health:
         if await self._call(self._database.renew_password):
             self._log.event("info", "password read again from its file")
 
-    async def _look_at_vbuckets(self) -> bool:
-        """Find out, before requests do, which vBuckets are not answered twice; return whether any is answered."""
+    async def _look_at_vbuckets(self) -> None:
+        """Find out which vBuckets are slow, and which of them are down; of an open breaker this may be the probe."""
         started, closed = time.monotonic(), self.breaker.state == Breaker.CLOSED
-        if not self.breaker.may_be_checked(started) and not self.breaker.allow(started):
-            return False
-        if not await self._call(self._database.probe, random.sample(range(VBUCKETS), 8 if closed else 1)):
-            if not closed:
+        if self.breaker.may_be_checked(started) or self.breaker.allow(started):
+            asked = set(range(VBUCKETS)) if closed else {random.randrange(VBUCKETS)}  # noqa: S311  # not a secret
+            missing = asked - await self._call(self._database.probe, asked, self._database.probe_timeout)
+            if len(missing) < len(asked):
+                self.answered_at = max(self.answered_at, started)
+                self.breaker.succeeded(started)
+            elif closed:  # slow or down as a whole: the time-outs of requests will tell
+                self._calm_at = max(self._calm_at, time.monotonic() + 1.0)
+            else:
                 self.breaker.failed(started, time.monotonic())
-            return False  # Couchbase may be slow or down as a whole: the time-outs of requests will tell
-        self.answered_at = max(self.answered_at, started)
-        self.breaker.succeeded(started)
-        missing = set(range(VBUCKETS)) - await self._call(self._database.probe, range(VBUCKETS))
-        if fresh := missing - self.down:
-            missing -= await self._call(self._database.probe, fresh)
-        if len(missing) < VBUCKETS:  # else all has gone since the first look
-            self.down = missing
-        return len(missing) < VBUCKETS
+            if closed and len(missing) < VBUCKETS:
+                self.slow, self.down = missing, self.down & missing
+                if fresh := missing - self.down:
+                    self.down |= fresh - await self._call(self._database.probe, fresh, self._database.key_value_timeout)
 
 
 # ── Tokens and decoded pictures ───────────────────────────────────────────────────────────────────────────────────────

@@ -60,7 +60,11 @@ class Part:
         return self.get(key, options, "get_any_replica")
 
     def get_multi(self, keys: list[str], **options: Any) -> Any:
-        return self.ask("get_multi", self.target, keys, options)
+        if not keys[0].startswith("probe:"):
+            return self.ask("get_multi", self.target, keys, options)
+        silent = {key for key in keys if service.vbucket(key) in self.bench.silent}
+        answers = dict.fromkeys(keys, cb.DocumentNotFoundException())
+        return Mock(results={}, exceptions=answers | dict.fromkeys(silent, cb.UnAmbiguousTimeoutException()))
 
     def query(self, statement: str, options: Any) -> list[bytes]:
         self.ask("query", statement, [], options)
@@ -80,6 +84,8 @@ class Bench:
         self.database._collections = {name: Part(self, name) for name in (service.USERS, service.IMAGES)}
         self.database._scope = Part(self)
         self.server = service.ProfileServer(settings, self.store, log, metrics)
+        self.silent: set[int] = set()  # vBuckets of which no probe is answered
+        self.closing = threading.Event()
         self.asked: asyncio.Queue[Call] = asyncio.Queue()
         self.ended: asyncio.Queue[int] = asyncio.Queue()  # threads
 
@@ -115,6 +121,13 @@ class Bench:
             clients += self.profiles(100 + number)
             calls += await self.calls(1)
         return clients, calls
+
+
+def probe_that_waits_to_confirm(bench: Bench, probe: Callable[..., Any], asked: set[int], timeout: Any) -> Any:
+    """Probe; what takes longer than the quick look does is not known before the test ends."""
+    if timeout > bench.database.probe_timeout:
+        bench.closing.wait(SECONDS)
+    return probe(asked, timeout)
 
 
 async def within(awaited: Awaitable[Any]) -> Any:
@@ -154,6 +167,7 @@ def bench(settings: service.Settings, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     monkeypatch.setattr(_thread, "start_new_thread", start_new_thread)
     yield made
+    made.closing.set()
     made.server.server_close()
     made.server.log.close()
 
@@ -372,8 +386,10 @@ async def test_a_batch_that_is_answered_in_part_opens_no_breaker(bench: Bench) -
 
 @in_the_loop
 async def test_documents_of_a_lost_vbucket_come_from_replicas(bench: Bench) -> None:
+    bench.silent = {service.vbucket("user_data:1")}
     bench.health.degrade(SECONDS)
-    bench.health.down = {service.vbucket("user_data:1")}
+    while not bench.health.down:
+        await asyncio.sleep(0)
     for outcome, status in ((None, 200), (cb.DocumentUnretrievableException(), 503)):
         clients = bench.profiles(1, 2)
         replica, active = await bench.calls(2)
@@ -381,6 +397,30 @@ async def test_documents_of_a_lost_vbucket_come_from_replicas(bench: Bench) -> N
         active.answer()
         replica.answer(**({"_1": outcome} if outcome else {}))
         assert await statuses(*clients) == [status, 200]
+
+
+@in_the_loop
+async def test_what_is_slow_takes_half_of_the_threads_at_most(bench: Bench) -> None:
+    """It is asked for as before, and documents of other vBuckets do not notice."""
+    slow_id, half = 1, service.Loader.single_threads // 2
+    bench.silent = {service.vbucket(f"user_data:{slow_id}")}
+    bench.database.probe = functools.partial(probe_that_waits_to_confirm, bench, bench.database.probe)
+    bench.health.degrade(SECONDS)
+    slow = bench.profiles(*[slow_id] * (half + 1))
+    calls = await bench.calls(half)
+    others = bench.profiles(*range(100, 101 + half))
+    for call in await bench.calls(half):
+        assert call.keys != keys(slow_id)
+        call.answer()
+    [last] = await bench.calls(1)
+    last.answer()
+    assert await replies(others) == found(*range(100, 101 + half))
+    assert not any(client.done() for client in slow) and not bench.health.down
+    calls[0].answer()
+    calls += await bench.calls(1)
+    for call in calls[1:]:
+        call.answer()
+    assert await replies(slow) == found(*[slow_id] * (half + 1))
 
 
 @in_the_loop
