@@ -22,6 +22,7 @@ import bisect
 import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import hmac
 import ipaddress
@@ -408,24 +409,28 @@ class ProfileHandler(BaseHTTPRequestHandler):
 
     def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, *headers: str) -> None:
         """Put the whole answer together; a 304 if `cas`, of which the ETag is made, is what the caller has."""
-        # a 204 has no type, and may not have a length (RFC 9110, 8.6)
+        more = ""
+        if cas is not None:
+            more = f'ETag: "{cas:x}"\r\n'
+            if "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], f'"{cas:x}"'):
+                status, body, content_type = 304, b"", ""
+        # of a 204 there is nothing to describe, and of a 304 the caller has it (RFC 9110, 8.6 and 15.4.5)
         typed = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n" if content_type else ""
-        tag = "" if cas is None else f'ETag: "{cas:x}"\r\n'
-        if tag and "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], tag[6:-2]):
-            status, body = 304, b""
         framer = self.connection.framer
         if framer.refused or (self.server.draining and not framer.partial):
             self.close_connection = True
-        kept = "Connection: keep-alive\r\n" if self.request_version == "HTTP/1.0" else ""
         if self.close_connection:
-            kept = "Connection: close\r\n"
-        cached = "Cache-Control: private, no-cache\r\n" if self.path.startswith("/api/") else ""
-        further = "\r\n".join((*headers, "")) if headers else ""
+            more += "Connection: close\r\n"
+        elif self.request_version == "HTTP/1.0":
+            more += "Connection: keep-alive\r\n"
+        for header in headers:
+            more += f"{header}\r\n"
         if self.command == "HEAD":
             body = b""
+        cached = "Cache-Control: private, no-cache\r\n" if self.path.startswith("/api/") else ""
         head = (  # at once, which takes half the time of one field after the other
-            f"{_STATUS_LINES[status]}Date: {http_date(int(time.time()))}\r\nX-Request-ID: {self.request_id}\r\n"
-            f"X-Content-Type-Options: nosniff\r\n{typed}{tag}{cached}{kept}{further}\r\n"
+            f"{_STATUS_LINES[status]}Date: {self.server.date}\r\nX-Request-ID: {self.request_id}\r\n"
+            f"X-Content-Type-Options: nosniff\r\n{typed}{cached}{more}\r\n"
         )
         self.status, self.response = status, head.encode("latin-1") + body
         self.seconds = time.monotonic() - self.started
@@ -631,6 +636,7 @@ class ProfileServer(ThreadingHTTPServer):
         self.connections: set[Connection] = set()
         self.clients = 0  # connections but for those of the metrics port
         self.draining = self._is_ready = False
+        self.date = http_date(int(time.time()))  # kept by `EndOfTurn`
         self.failure = ""  # what waiting cannot cure
         self.answered: list[ProfileHandler] = []  # in this turn, which are still to be counted and logged
         self._stopping = asyncio.Event()
@@ -802,6 +808,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if cluster.startswith("couchbase:"):
         log.event("warning", "the connection to Couchbase is not encrypted")
     log.event("debug", "pinned to a processor", processor=processor and processor.pinned)
+    gc.set_threshold(20_000)  # not for what a thousand clients keep in flight, as there is hardly any garbage
     server.serve_forever()
     for listener in filter(None, (server.socket, server.metrics_socket)):
         listener.close()
@@ -897,13 +904,13 @@ def announces_body(head: Head) -> bool:
 class Framer:
     """Cuts a client's bytes into whole request heads. What follows a malformed head, or one with a body, is dropped."""
 
-    __slots__ = ("_again", "_fields", "_scanned", "inbox", "refused")
+    __slots__ = ("_fields", "_parsed", "_scanned", "inbox", "refused")
 
     def __init__(self) -> None:
         self.inbox, self.refused = bytearray(), False  # what is not returned yet; whether nothing more is taken
         self._scanned = 0  # how much of the inbox is known to hold no end of head
-        self._fields = b""  # as they came with the last request, which is `_again`
-        self._again: Head | None = None
+        self._fields = b""  # as they came with the last request of the common kind
+        self._parsed: dict[str, str] = {}  # the same
 
     @property
     def partial(self) -> bool:
@@ -915,18 +922,19 @@ class Framer:
         if self.inbox or self.refused or not data.endswith(_END_OF_HEAD) or len(data) > MAX_TARGET_BYTES:
             return None
         line, _, fields = data.partition(b"\r\n")
-        if self._again and fields == self._fields:  # most clients send the same ones with each request: parsed once
-            parts = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
-            if parts and parts[3] == self._again.version and parts[2][0] == "/":
-                return tuple.__new__(Head, (parts[1], parts[2], parts[3], self._again.fields))
+        # most clients send the same fields with each request: parsed once
+        if fields == self._fields and line.startswith(b"GET /") and line.endswith(b" HTTP/1.1"):
+            target = line[4:-9].decode("latin-1")
+            if target.isascii() and target.isprintable() and " " not in target and "#" not in target:
+                return tuple.__new__(Head, ("GET", target, "HTTP/1.1", self._parsed))
         try:
             head = parse_head(data)
         except ProblemError:  # which is for `feed` to tell
             return None
         if "content-length" in head.fields or "transfer-encoding" in head.fields:
             return None
-        if len(fields) <= _MOST_REMEMBERED_BYTES and b" /" in line:  # else the target has changed Host
-            self._fields, self._again = fields, head
+        if len(fields) <= _MOST_REMEMBERED_BYTES and line.startswith(b"GET /") and line.endswith(b" HTTP/1.1"):
+            self._fields, self._parsed = fields, head.fields
         return head
 
     def feed(self, data: bytes, room: int = 1 << 30) -> list[Head | ProblemError]:
@@ -1018,7 +1026,9 @@ class EndOfTurn(selectors.DefaultSelector):
                 server.log.requests(handlers)
             for handler in handlers if server.tracer else ():
                 record_spans(server.tracer, handler, server.namespace)
-        return super().select(timeout)
+        events = super().select(timeout)
+        server.date = http_date(int(time.time()))
+        return events
 
 
 class Connection(asyncio.Protocol):
@@ -1327,7 +1337,7 @@ class Batch:
         """Fetch them."""
         database, collection, keys = self._first.loader.store.database, self._first.collection, list(self.waiting)
         if self._first.replica:
-            return database.fetch_replica(collection, keys[0])
+            return database.fetch(collection, keys, 0.0, replica=True)
         longest_seconds = self.waiting[keys[0]][0].handler.queue_seconds
         return database.fetch(collection, keys, longest_seconds if longest_seconds > Loader.slack_seconds else 0.0)
 
@@ -1440,6 +1450,24 @@ class _RowBytes(Serializer):  # type: ignore[misc]  # the SDK's class is untyped
     serialize = deserialize = bytes
 
 
+class _DocumentBytes(RawJSONTranscoder):  # type: ignore[misc]
+    """Passes documents through as the bytes they are stored as: those count, not what their flags say."""
+
+    def decode_value(self, value: bytes, _flags: int) -> bytes:
+        """Return the value."""
+        return value
+
+
+def is_object(value: bytes) -> bool:
+    """Tell whether a stored value is a JSON object; what is between its only pair of braces is not looked at."""
+    if value.startswith(b"{") and value.find(b"}") == len(value) - 1:
+        return True
+    try:
+        return isinstance(json.loads(value), dict)
+    except ValueError:
+        return False
+
+
 class Database:
     """The SDK, connected to one scope of one bucket; each method is a blocking call or a few, which threads make."""
 
@@ -1454,36 +1482,32 @@ class Database:
         consistency = QueryScanConsistency.NOT_BOUNDED
         self._query_options = {"read_only": True, "scan_consistency": consistency, "serializer": _RowBytes()}
 
-    def fetch(self, collection: str, keys: list[str], waited_seconds: float) -> Fetched:
-        """Get documents by one hand-over to the SDK; 0 `waited_seconds` spare the cost of a time-out of their own."""
+    def fetch(self, collection: str, keys: list[str], waited_seconds: float, *, replica: bool = False) -> Fetched:
+        """Get documents by one hand-over to the SDK (0 `waited_seconds` spare a time-out's cost), or one's replica."""
         left_seconds = self.timeout_seconds - waited_seconds
         options = {"timeout": timedelta(seconds=max(0.01, left_seconds))} if waited_seconds else {}
         documents: dict[str, Document] = {}
+        results: Mapping[str, Any] = {}
         errors: dict[str, Exception] = {}
-        started, source, name = time.monotonic(), self._collections[collection], "get_multi"
+        started, source = time.monotonic(), self._collections[collection]
+        name = "get_any_replica" if replica else "get" if len(keys) == 1 else "get_multi"
         try:
-            if len(keys) == 1:
-                name = "get"
-                result = source.get(keys[0], *([GetOptions(**options)] if options else ()))
-                documents[keys[0]] = Document(result.value, result.cas)
+            if replica:
+                with_timeout = GetAnyReplicaOptions(timeout=self.probe_timeout)
+                results = {keys[0]: source.get_any_replica(keys[0], with_timeout)}
+            elif len(keys) == 1:
+                results = {keys[0]: source.get(keys[0], *([GetOptions(**options)] if options else ()))}
             else:
-                answer = source.get_multi(keys, return_exceptions=True, **options)
-                errors = answer.exceptions
-                for key, result in answer.results.items():
-                    documents[key] = tuple.__new__(Document, (result.value, result.cas, False))  # half the time
+                answer = source.get_multi(keys, **options)  # exceptions are returned
+                results, errors = answer.results, {} if answer.all_ok else answer.exceptions
         except Exception as error:
             errors = dict.fromkeys(keys, error)
+        for key, result in results.items():
+            if is_object(value := result.value):  # half the time of Document's own
+                documents[key] = tuple.__new__(Document, (value, result.cas, replica and result.is_replica))
+            else:
+                errors[key] = cb.ValueFormatException("no JSON object")
         return Fetched(name, collection, started, time.monotonic() - started, documents, errors)
-
-    def fetch_replica(self, collection: str, key: str) -> Fetched:
-        """Get a document whose node is down from a replica, if the cluster has any."""
-        started, documents, errors = time.monotonic(), {}, {}
-        try:
-            found = self._collections[collection].get_any_replica(key, GetAnyReplicaOptions(timeout=self.probe_timeout))
-            documents[key] = Document(found.value, found.cas, bool(found.is_replica))
-        except Exception as error:
-            errors[key] = error
-        return Fetched("get_any_replica", collection, started, time.monotonic() - started, documents, errors)
 
     def run_query(
         self, statement: str, parameters: dict[str, object], waited_seconds: float = 0.0, *, adhoc: bool = False
@@ -1575,7 +1599,7 @@ def open_cluster(settings: Settings) -> Any:
     query = timedelta(milliseconds=settings.couchbase_query_timeout_ms)
     timeouts = ClusterTimeoutOptions(kv_timeout=key_value, query_timeout=query, management_timeout=timedelta(seconds=5))
     options: dict[str, Any] = {"enable_tracing": False, "enable_metrics": False, "enable_app_telemetry": False}
-    options |= {"network": settings.couchbase_network, "transcoder": RawJSONTranscoder(), "timeout_options": timeouts}
+    options |= {"network": settings.couchbase_network, "transcoder": _DocumentBytes(), "timeout_options": timeouts}
     options |= {} if settings.couchbase_tls_verify else {"tls_verify": TLSVerifyMode.NONE}
     return Cluster.connect(settings.connection_string, ClusterOptions(user, **options))
 
@@ -1971,10 +1995,11 @@ class Log:
                 operation = handler.operation
                 spent = f', "couchbase_ms": {operation.seconds * 1000:.3f}' if operation else ""
             traced = trace_id(handler.headers["traceparent"]) if "traceparent" in handler.headers else ""
+            if traced:
+                traced = f', "trace_id": "{traced}"'
             lines.append(
                 f'{beginning}{handler.request_id}", "bytes": {len(handler.response)}, '
-                f'"duration_ms": {handler.seconds * 1000:.3f}, "client": "{handler.client}"{spent}'
-                + (f', "trace_id": "{traced}"}}\n' if traced else "}\n")
+                f'"duration_ms": {handler.seconds * 1000:.3f}, "client": "{handler.client}"{spent}{traced}}}\n'
             )
         data = "".join(lines).encode()
         if self._put_bytes - self._written_bytes + len(data) > self.bound_bytes:

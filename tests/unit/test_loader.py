@@ -47,8 +47,10 @@ class Part:
         call = Call(name, target, keys, dict(options), threading.get_ident(), Future())
         self.bench.tell(self.bench.asked, call)
         said = call.outcome.result(SECONDS)
-        found = {key: Mock(value=b'"%b"' % key.encode(), cas=1) for key in keys if key not in said}
-        return Mock(results=found, exceptions={key: error for key, error in said.items() if error})
+        found = {
+            key: Mock(value=b'{"id":"%b"}' % key.encode(), cas=1, is_replica=True) for key in keys if key not in said
+        }
+        return Mock(all_ok=not said, results=found, exceptions={key: error for key, error in said.items() if error})
 
     def get(self, key: str, options: Any = (), name: str = "get") -> Any:
         answer = self.ask(name, self.target, [key], options)
@@ -64,7 +66,9 @@ class Part:
             return self.ask("get_multi", self.target, keys, options)
         silent = {key for key in keys if service.vbucket(key) in self.bench.silent}
         answers = dict.fromkeys(keys, cb.DocumentNotFoundException())
-        return Mock(results={}, exceptions=answers | dict.fromkeys(silent, cb.UnAmbiguousTimeoutException()))
+        return Mock(
+            all_ok=False, results={}, exceptions=answers | dict.fromkeys(silent, cb.UnAmbiguousTimeoutException())
+        )
 
     def query(self, statement: str, options: Any) -> list[bytes]:
         self.ask("query", statement, [], options)
@@ -147,7 +151,7 @@ def time_left(call: Call) -> float:
 
 
 def found(*numbers: int) -> list[Reply]:
-    return [(200, b'["user_data:%d"]' % number) for number in numbers]
+    return [(200, b'[{"id":"user_data:%d"}]' % number) for number in numbers]
 
 
 def keys(*numbers: int) -> list[str]:
@@ -212,7 +216,7 @@ async def test_each_collection_has_its_own_batch(bench: Bench) -> None:
     ]
     for call in calls:
         call.answer()
-    assert await replies(clients) == [*found(1), (200, b'["user_images:1"]')]
+    assert await replies(clients) == [*found(1), (200, b'[{"id":"user_images:1"}]')]
 
 
 @in_the_loop
