@@ -219,11 +219,11 @@ def _with_password(settings: Settings) -> Settings:
 class ProblemError(Exception):
     """Raised anywhere while a request is answered, and answered in one place as a problem document (RFC 9457).
 
-    `detail` and `members` are for the caller: never a secret, never another's data. `headers` are whole fields;
+    `detail` and `members` are for the caller: never a secret, never another's data. `headers` are whole lines;
     `rejected` says, of a request refused before it was worked on, why (one of REASONS), for the metrics.
     """
 
-    def __init__(self, status: int, detail: str, *headers: str, rejected: str = "", **members: object) -> None:
+    def __init__(self, status: int, detail: str, headers: str = "", rejected: str = "", **members: object) -> None:
         super().__init__(detail)
         self.status, self.detail, self.headers, self.rejected, self.members = status, detail, headers, rejected, members
 
@@ -235,7 +235,7 @@ class ProblemError(Exception):
 
 def unavailable(detail: str, *, seconds: int = 1, rejected: str = "", **members: object) -> ProblemError:
     """Return a 503 that tells the caller when to come back (RFC 9110, 10.2.3)."""
-    return ProblemError(503, detail, f"Retry-After: {seconds}", rejected=rejected, **members)
+    return ProblemError(503, detail, f"Retry-After: {seconds}\r\n", rejected=rejected, **members)
 
 
 # ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
@@ -243,10 +243,11 @@ def unavailable(detail: str, *, seconds: int = 1, rejected: str = "", **members:
 # but the store's `Get` and `Query`; `resume` steps it, once at the beginning and once for each result.
 
 JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+json", "text/html; charset=utf-8"
-CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox"  # a picture opened as a page may run nothing
-ALLOW, MAX_KEY_BYTES = "Allow: GET, HEAD", 246
+CONTENT_POLICY = (
+    "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # opened as a page a picture may run nothing
+)
+ALLOW, REPLICA, MAX_KEY_BYTES = "Allow: GET, HEAD\r\n", "X-Couchbase-Replica: true\r\n", 246
 _REJECTED = {400: "malformed", 417: "malformed", 414: "too_large", 431: "too_large", 408: "too_slow"}
-_REPLICA = ((), ("X-Couchbase-Replica: true",))
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 
@@ -254,20 +255,19 @@ _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" fo
 class ProfileHandler(BaseHTTPRequestHandler):
     """Answers one request: a request head in, whole answer bytes out, no socket in between."""
 
-    # What is not known yet, as class attributes: an instance is made for each request, and most never change.
+    # What a request that is none has not, as class attributes.
     server: ProfileServer
     headers: Mapping[str, str] = {}  # type: ignore[assignment]  # the base has others
-    command = path = query = route = client = request_id = ""
-    request_version = "HTTP/1.1"
-    response, status, seconds, queue_seconds = b"", 0, 0.0, 0.0
-    operation: Operation | None = None  # the last one of Couchbase that was awaited
-    close_connection = True  # until the request is known to be well-formed
+    command = path = query = route = ""
+    request_version, close_connection = "HTTP/1.1", True
     _steps: Coroutine[Awaited, Any, None]
 
     def __init__(self, request: Head | ProblemError, connection: Connection, server: ProfileServer) -> None:
         """Take a request head, or why the bytes received are not one; the base class would read from a socket."""
         self.request, self.connection, self.server = request, connection, server
         self.client, self.started = connection.address, time.monotonic()
+        self.response, self.status, self.seconds, self.queue_seconds = b"", 0, 0.0, 0.0
+        self.operation: Operation | None = None  # the last one of Couchbase that was awaited
 
     def parse_request(self) -> bool:
         """Take over what `parse_head` found, and begin to answer; return whether the answer is there already."""
@@ -310,11 +310,6 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.send_problem(ProblemError(500, "unexpected failure"))
         return True
 
-    def deliver(self, outcome: Document | list[bytes] | Exception) -> None:
-        """Go on with what was awaited, and send the answer if it is there."""
-        if self.resume(outcome):
-            self.connection.reply(self)
-
     async def do_GET(self) -> None:
         """Answer by route; callers are applications (`/api/`), Kubernetes (probes) and Prometheus (`/metrics`)."""
         path, _, self.query = self.path.partition("?")
@@ -325,8 +320,8 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.route = path
         if route == "/api/v1/id":
             self.route = "/api/v1/id/{id}"
-            document = await self.stored(USERS, parameter)
-            self.send(200, b"[%b]" % document.value, JSON_TYPE, document.cas, *_REPLICA[document.replica])
+            value, cas, replica = await self.stored(USERS, parameter)
+            self.send(200, b"[%b]" % value, JSON_TYPE, cas, REPLICA if replica else "")
         elif route == "/api/v1/nickname":
             self.route = "/api/v1/nickname/{nickname}"
             await self.send_matches(PROFILES_BY_NICKNAME, route, parameter)
@@ -335,13 +330,13 @@ class ProfileHandler(BaseHTTPRequestHandler):
             await self.send_matches(PROFILES_BY_USERNAME, route, parameter)
         elif route == "/api/v1/picture/record":
             self.route = "/api/v1/picture/record/{id}"
-            document = await self.stored(IMAGES, parameter)
-            self.send(200, b"[%b]" % document.value, JSON_TYPE, document.cas, *_REPLICA[document.replica])
+            value, cas, replica = await self.stored(IMAGES, parameter)
+            self.send(200, b"[%b]" % value, JSON_TYPE, cas, REPLICA if replica else "")
         elif route == "/api/v1/picture/raw":
             self.route = "/api/v1/picture/raw/{id}"
             document = await self.stored(IMAGES, parameter)
             media_type, image = self.server.pictures.decoded(path, document)
-            self.send(200, image, media_type, document.cas, CONTENT_POLICY, *_REPLICA[document.replica])
+            self.send(200, image, media_type, document.cas, CONTENT_POLICY + (REPLICA if document.replica else ""))
         elif path == "/healthz":
             self.send(200, b'{"status": "alive"}', JSON_TYPE)
         elif path == "/readyz":
@@ -377,7 +372,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             token = credentials.strip(" ") if scheme.lower() == "bearer" else None
         if token is None or not tokens.accepts(token, self.started):
             self.server.metrics.add("auth_failures_total")
-            raise ProblemError(401, "a valid bearer token is required", "WWW-Authenticate: Bearer")
+            raise ProblemError(401, "a valid bearer token is required", "WWW-Authenticate: Bearer\r\n")
 
     def stored(self, collection: str, parameter: str) -> Get:
         """Return what to await for the document `{collection}:{parameter}`; 400 for an id that no key can hold."""
@@ -396,19 +391,22 @@ class ProfileHandler(BaseHTTPRequestHandler):
         rows = await self.server.store.query(statement, {"value": value, "limit": limit + 1, "offset": offset})
         if not rows:
             raise ProblemError(404, "no match")
-        links = []
+        link = ""
         if len(rows) > limit and offset + limit <= MAX_OFFSET:
-            links = [f'Link: <{route}/{quote(value, safe="")}?limit={limit}&offset={offset + limit}>; rel="next"']
-        self.send(200, b"[%b]" % b",".join(rows[:limit]), JSON_TYPE, None, *links)
+            link = f'Link: <{route}/{quote(value, safe="")}?limit={limit}&offset={offset + limit}>; rel="next"\r\n'
+        self.send(200, b"[%b]" % b",".join(rows[:limit]), JSON_TYPE, None, link)
 
     def send_problem(self, problem: ProblemError) -> None:
         """Answer with a problem document."""
         if rejected := problem.rejected or ("" if self.path else _REJECTED.get(problem.status, "")):
             self.server.metrics.add("http_rejected_total", rejected)
-        self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, *problem.headers)
+        self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, problem.headers)
 
-    def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, *headers: str) -> None:
-        """Put the whole answer together; a 304 if `cas`, of which the ETag is made, is what the caller has."""
+    def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, headers: str = "") -> None:
+        """Put the whole answer together; a 304 if `cas`, of which the ETag is made, is what the caller has.
+
+        `headers` are further fields as they are sent, each with its line end.
+        """
         more = ""
         if cas is not None:
             more = f'ETag: "{cas:x}"\r\n'
@@ -423,14 +421,12 @@ class ProfileHandler(BaseHTTPRequestHandler):
             more += "Connection: close\r\n"
         elif self.request_version == "HTTP/1.0":
             more += "Connection: keep-alive\r\n"
-        for header in headers:
-            more += f"{header}\r\n"
         if self.command == "HEAD":
             body = b""
         cached = "Cache-Control: private, no-cache\r\n" if self.path.startswith("/api/") else ""
         head = (  # at once, which takes half the time of one field after the other
             f"{_STATUS_LINES[status]}Date: {self.server.date}\r\nX-Request-ID: {self.request_id}\r\n"
-            f"X-Content-Type-Options: nosniff\r\n{typed}{cached}{more}\r\n"
+            f"X-Content-Type-Options: nosniff\r\n{typed}{cached}{more}{headers}\r\n"
         )
         self.status, self.response = status, head.encode("latin-1") + body
         self.seconds = time.monotonic() - self.started
@@ -1091,10 +1087,6 @@ class Connection(asyncio.Protocol):
         self.state, self.deadline = self.WRITING, time.monotonic() + self.write_seconds
         self.unsent = self.transport.get_write_buffer_size()
 
-    def resume_writing(self) -> None:
-        """Go on after an answer that has been sent at last."""
-        self._sent()
-
     def expire(self, now: float) -> None:
         """End a state that has lasted too long."""
         if self.state == self.READING and self.framer.partial:
@@ -1136,9 +1128,9 @@ class Connection(asyncio.Protocol):
         if self.state == self.ANSWERING and not (handler.close_connection or self.framer.inbox or self.ended):
             self.state, self.deadline = self.READING, time.monotonic() + self.idle_seconds
         elif self.state == self.ANSWERING:
-            self._sent()
+            self.resume_writing()
 
-    def _sent(self) -> None:
+    def resume_writing(self) -> None:
         """Go on after an answer: with the next request, or close in two steps (RFC 9112, 9.6)."""
         if self.last.close_connection:
             self.state, self.deadline = self.LINGERING, time.monotonic() + self.linger_seconds
@@ -1313,7 +1305,8 @@ class Query(Awaited):
             name = outcome_of(outcome) if isinstance(outcome, Exception) else "ok"
             self.handler.operation = Operation("query", self._statement, self.started, seconds, name)
             outcome = store.judge_rows(outcome, self.handler.operation)
-        self.handler.deliver(outcome)
+        if self.handler.resume(outcome):
+            self.handler.connection.reply(self.handler)
 
 
 class Batch:
@@ -2426,7 +2419,7 @@ def docs_policy(assets_url: str) -> str:
         # whole URLs: an origin that hosts every package would allow any other script of its
         f"script-src {assets_url}/swagger-ui-bundle.js 'sha256-{own}'; style-src {assets_url}/swagger-ui.css; "
         "img-src data: blob:; "  # the style sheet's icons; the pictures that come as answers
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
     )
 
 

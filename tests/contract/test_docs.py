@@ -45,7 +45,7 @@ class Page(HTMLParser):
 
 
 def policy(assets_url: str) -> dict[str, str]:
-    name, _, value = service.docs_policy(assets_url).partition(": ")
+    name, _, value = service.docs_policy(assets_url).strip().partition(": ")
     assert name == "Content-Security-Policy"
     pairs = [directive.partition(" ") for directive in value.split("; ")]
     assert len({name for name, _, _ in pairs}) == len(pairs)
@@ -86,7 +86,9 @@ def test_the_page_as_served(database: EmulatorProcess) -> None:
         answer = own.get("/docs")
     assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert answer.body == service.docs_page(ASSETS)
-    assert "Content-Security-Policy: " + answer.headers["content-security-policy"] == service.docs_policy(ASSETS)
+    assert (
+        "Content-Security-Policy: " + answer.headers["content-security-policy"] == service.docs_policy(ASSETS).strip()
+    )
 
 
 REQUIRED = {"COUCHBASE_HOST": "db", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"}
