@@ -1030,12 +1030,14 @@ class EndOfTurn(selectors.DefaultSelector):
 class Connection(asyncio.Protocol):
     """A client: bytes in, one request at a time, bytes out."""
 
+    __slots__ = ("address", "deadline", "end_at", "ended", "framer", "internal", "last", "server", "state",
+                 "transport", "unsent")  # fmt: skip
     READING, ANSWERING, WRITING, LINGERING, CLOSED = range(5)
     head_seconds, idle_seconds, write_seconds, linger_seconds = 10.0, 75.0, 30.0, 2.0
     receive_bytes = 16_384  # at a time
     buffered_bytes = 32_768  # behind the request that is being answered; then reading pauses
     transport: Any  # asyncio.Transport
-    last: ProfileHandler  # whose answer is being written
+    last: bool  # whether nothing follows the answer that is being written
     unsent: int  # bytes of it, when that was looked at last
 
     def __init__(self, server: ProfileServer, *, internal: bool = False) -> None:  # internal: by the metrics port
@@ -1069,7 +1071,7 @@ class Connection(asyncio.Protocol):
             else:
                 self._next(data)
         elif self.state == self.LINGERING:
-            self.deadline = min(time.monotonic() + self.linger_seconds, self.closes_at)
+            self.deadline = min(time.monotonic() + self.linger_seconds, self.end_at)
         else:
             self.framer.feed(data, 0)
             if len(self.framer.inbox) > self.buffered_bytes:
@@ -1123,7 +1125,7 @@ class Connection(asyncio.Protocol):
         self.server.answered.append(handler)
         if self.state == self.CLOSED:
             return
-        self.last = handler
+        self.last = handler.close_connection
         self.transport.write(handler.response)
         if self.state == self.ANSWERING and not (handler.close_connection or self.framer.inbox or self.ended):
             self.state, self.deadline = self.READING, time.monotonic() + self.idle_seconds
@@ -1132,9 +1134,9 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """Go on after an answer: with the next request, or close in two steps (RFC 9112, 9.6)."""
-        if self.last.close_connection:
+        if self.last:
             self.state, self.deadline = self.LINGERING, time.monotonic() + self.linger_seconds
-            self.closes_at = time.monotonic() + self.write_seconds
+            self.end_at = time.monotonic() + self.write_seconds
             if self.ended or not self.transport.can_write_eof():
                 self.transport.close()
             else:
