@@ -177,9 +177,7 @@ class TestCheck:
 
     def test_a_service_that_is_gone_differs(self, backend: Backend, alone: ServiceProcess) -> None:
         reference = bench_check.answers(alone.port, backend)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-        assert len(bench_check.differences(port, backend, reference)) == len(reference)
+        assert len(bench_check.differences(bench_processes.free_port(), backend, reference)) == len(reference)
 
 
 def measured(service: str, scenario: str, access_log: bool, **figures: float) -> dict[str, Any]:
@@ -217,6 +215,12 @@ def part() -> dict[str, Any]:
 
 
 class TestReport:
+    def test_results_are_json_with_a_measurement_a_line(self, part: dict[str, Any]) -> None:
+        text = bench_report.as_json(part)
+        assert json.loads(text) == part
+        rows = text.partition('"measurements": [\n')[2].partition("\n ]")[0].splitlines()
+        assert [json.loads(row.removesuffix(",")) for row in rows] == part["measurements"]
+
     def test_median_and_spread(self, part: dict[str, Any]) -> None:
         row = Results(part).row("ours", "by-id-32")
         assert row is not None

@@ -141,7 +141,7 @@ def measure(parts: list[str], choices: bench.Choices, tools: bench_tools.Tools, 
         results = bench.description(choices, tools) | measured[part](run)
         if part != "services":
             results["repeat"] = 1
-        (output / f"{part}.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        (output / f"{part}.json").write_text(bench_report.as_json(results))
     return run.errors
 
 

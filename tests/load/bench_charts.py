@@ -1,5 +1,6 @@
 """The charts, as SVG: small, readable on white and dark pages, and the same bytes for the same figures."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,13 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(drawing: Any, path: Path) -> None:
-    drawing.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
-    text = path.read_text()
-    path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
-
-
-def _legend(drawing: Any, axes: Any) -> None:
-    """Name the services once, below everything."""
+def _save(pyplot: Any, drawing: Any, axes: Any, path: Path) -> None:
+    """Name the services once, below everything, and write the drawing: an axis, a bar or a curve a line."""
     handles, labels = axes.get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    drawing.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    pyplot.close(drawing)
+    path.write_text(re.sub(r"\s*\n(?! {0,3}<[^/])\s*", " ", path.read_text()).rstrip() + "\n")
 
 
 def services_chart(part: Part, path: Path) -> None:
@@ -73,9 +71,7 @@ def services_chart(part: Part, path: Path) -> None:
         axes.set_title(title, loc="left")
         axes.grid(axis="y", lw=0.4)
     delays.set_yscale("log")
-    _legend(drawing, rates)
-    _save(drawing, path)
-    pyplot.close(drawing)
+    _save(pyplot, drawing, rates, path)
 
 
 def growth_chart(part: Part, path: Path) -> None:
@@ -100,6 +96,4 @@ def growth_chart(part: Part, path: Path) -> None:
         axes_row[1].set_yscale("log")
         for axes in axes_row:
             axes.xaxis.set_major_formatter(lambda value, _place: f"{value:,.0f}")
-    _legend(drawing, grid[0][0])
-    _save(drawing, path)
-    pyplot.close(drawing)
+    _save(pyplot, drawing, grid[0][0], path)

@@ -1,5 +1,6 @@
 """What the figures say: medians and spread, the Markdown tables, and the verdict on the targets."""
 
+import json
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,6 +30,17 @@ class Figure(NamedTuple):
     median: float
     low: float
     high: float
+
+
+def as_json(part: Part) -> str:
+    """Return a results file: JSON with a member a line, and of lists an entry a line."""
+    members = []
+    for name, value in part.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(f"  {json.dumps(each, ensure_ascii=False)}" for each in value) + "\n ]"
+        members.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(members) + "\n}\n"
 
 
 def figure(row: dict[str, Any], name: str) -> Figure:
