@@ -152,7 +152,8 @@ def load(output: Path) -> dict[str, bench_report.Part]:
         ToolError: there are none, or they can't be read.
     """
     try:
-        found = {part: json.loads((output / f"{part}.json").read_text()) for part in PARTS if _exists(output, part)}
+        paths = {part: output / f"{part}.json" for part in PARTS}
+        found = {part: json.loads(path.read_text()) for part, path in paths.items() if path.exists()}
     except (OSError, ValueError) as error:
         raise bench_tools.ToolError(f"the results can't be read: {error}") from None
     if not found:
@@ -160,29 +161,15 @@ def load(output: Path) -> dict[str, bench_report.Part]:
     return found
 
 
-def _exists(output: Path, part: str) -> bool:
-    return (output / f"{part}.json").exists()
-
-
-def report(output: Path) -> None:
-    """Write page, charts and CAPACITY.md from the JSON."""
-    parts = load(output)
+def report(parts: dict[str, bench_report.Part], output: Path) -> None:
+    """Write page, charts and CAPACITY.md."""
     if "services" in parts and parts["services"]["measurements"]:
         bench_charts.services_chart(parts["services"], output / "services.svg")
-        capacity = HERE / "CAPACITY.md" if output == RESULTS else output / "CAPACITY.md"
-        text = bench_capacity.document(parts["services"])
-        if text:
-            capacity.write_text(text)
+        if text := bench_capacity.document(parts["services"]):
+            (HERE if output == RESULTS else output).joinpath("CAPACITY.md").write_text(text)
     if "growth" in parts and parts["growth"]["connections"]:
         bench_charts.growth_chart(parts["growth"], output / "growth.svg")
     (output / "README.md").write_text(bench_report.document(parts))
-
-
-def print_verdict(output: Path) -> None:
-    """Print the verdict on the results there are."""
-    parts = load(output)
-    if "services" in parts:
-        print("\n".join(bench_report.verdict_lines(bench_report.Results(parts["services"]))))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,9 +188,11 @@ def main(argv: list[str] | None = None) -> int:
             started = time.monotonic()
             errors = measure(parts, choices, tools, output)
             say(f"done in {(time.monotonic() - started) / 60:.1f} min")
+        results = load(output)
         if not given.verdict:
-            report(output)
-        print_verdict(output)
+            report(results, output)
+        if "services" in results:
+            print("\n".join(bench_report.verdict_lines(bench_report.Results(results["services"]))))
     except (bench_tools.ToolError, SettingsError, OSError) as error:
         print(f"{flags.prog}: {error}", file=sys.stderr)
         return 2

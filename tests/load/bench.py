@@ -18,7 +18,7 @@ from tests.load.bench_backend import Backend
 from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, SDK_CEILING, SDK_ON_ONE_PROCESSOR, Lives, Scenario, Setup
 from tests.load.bench_processes import Load, RunError, Service, keep_to_one_processor, measure, run_wrk
 from tests.load.bench_tools import PEERS, Tools, output_of
-from tests.service import ROOT, Answer
+from tests.service import ROOT
 
 SDK_LOOPS = {
     SDK_CEILING: (8, 1, False),
@@ -46,6 +46,11 @@ class Choices:
     warm_up_seconds: int
     real_cluster: bool
 
+    @property
+    def sdk(self) -> bool:
+        """Whether the SDK alone is measured too."""
+        return not self.only or "sdk" in self.only
+
 
 @dataclass
 class Run:
@@ -67,20 +72,24 @@ class Run:
     _started: float = field(default_factory=time.monotonic)
     _rejected: set[str] = field(default_factory=set)
 
-    def lives(self, lives: Lives, backend: Backend, repeat: int) -> list[dict[str, Any]]:
+    def lives(self, lives: Lives, backend: Backend, repeat: int = 1) -> list[dict[str, Any]]:
         """Measure every scenario of every setup, `repeat` times in turns; return one row for each.
 
         A service that does not start, or answers otherwise than ours, is not measured: that is an error.
         """
         rows: dict[tuple[Setup, str], dict[str, Any]] = {}
-        reference = self._reference(backend)
+        with self._service(Setup(OURS, False), backend) as service:
+            reference = bench_check.answers(service.ports[0], backend)
         for number in range(repeat):
             for setup, scenarios in lives:
                 if setup.service in self._rejected:
                     continue
                 try:
                     with self._service(setup, backend) as service:
-                        self._check(setup, service, backend, reference)
+                        if wrong := bench_check.differences(service.ports[0], backend, reference):
+                            self._rejected.add(setup.service)
+                            why = f"it answers otherwise than {bench_plan.TITLES[OURS]}, so it is not measured"
+                            raise RunError(f"{why}: {wrong[0]}")
                         for scenario, figures in self._measured(setup, scenarios, service, backend, number):
                             row = asdict(setup) | {"scenario": scenario.name, "connections": scenario.connections}
                             row |= {"latency_ms": scenario.latency_ms, "documents": backend.documents, "rounds": []}
@@ -89,25 +98,9 @@ class Run:
                     self._fail(f"{setup}: {error}")
         return list(rows.values())
 
-    def _reference(self, backend: Backend) -> list[Answer]:
-        """Return our service's answers, which every other's are compared with."""
-        with self._service(Setup(OURS, False), backend) as service:
-            return bench_check.answers(service.ports[0], backend)
-
     def _service(self, setup: Setup, backend: Backend) -> Service:
         settings = backend.settings if setup.service == OURS else backend.peer_settings
         return Service(setup, self.tools, settings, backend.token)
-
-    def _check(self, setup: Setup, service: Service, backend: Backend, reference: list[Answer]) -> None:
-        """Reject a service that answers otherwise than ours.
-
-        Raises:
-            RunError: it does.
-        """
-        wrong = bench_check.differences(service.ports[0], backend, reference)
-        if wrong:
-            self._rejected.add(setup.service)
-            raise RunError(f"it answers otherwise than {bench_plan.TITLES[OURS]}, so it is not measured: {wrong[0]}")
 
     def _measured(
         self, setup: Setup, scenarios: list[Scenario], service: Service, backend: Backend, number: int
@@ -146,11 +139,12 @@ class Run:
 
     def _sdk_loop(self, row: dict[str, Any], backend: Backend) -> dict[str, float]:
         numbers = map(str, (row["threads"], row["batch"], self.choices.seconds, backend.documents))
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("COUCHBASE")}
         try:
             done = subprocess.run(  # noqa: S603  # this Python, with numbers
                 [sys.executable, "-m", "tests.load.bench_sdk", *numbers],
                 cwd=ROOT,
-                env=_environment(backend.settings),
+                env=kept | backend.settings,
                 capture_output=True,
                 text=True,
                 timeout=self.choices.seconds + SDK_GRACE_SECONDS,
@@ -172,22 +166,14 @@ class Run:
     def _progress(self, what: str, figures: dict[str, float]) -> None:
         self._done += 1
         elapsed = time.monotonic() - self._started
-        left = elapsed / self._done * max(0, self.total - self._done)
+        minutes, seconds = divmod(int(elapsed / self._done * max(0, self.total - self._done)), 60)
         parts = [f"{figures['requests_per_second']:,.0f}/s"]
         parts += [f"p99 {figures['p99_ms']:.1f} ms"] if "p99_ms" in figures else []
         parts += [f"{figures['cpu_us']:.0f} µs"]
         parts += [f"{figures['failures']:.0f} FAILURES"] if figures.get("failures") else []
         others = figures.get("other_cores", 0.0)
         parts += [f"others used {others:.1f} cores"] if others > QUIET_CORES else []
-        self.say(f"[{self._done}/{self.total}, {_minutes(left)} left] {what}: {', '.join(parts)}")
-
-
-def _environment(settings: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("COUCHBASE")} | settings
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        self.say(f"[{self._done}/{self.total}, {minutes}:{seconds:02d} left] {what}: {', '.join(parts)}")
 
 
 def rounded(figures: dict[str, float]) -> dict[str, float]:
@@ -195,78 +181,60 @@ def rounded(figures: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 3) if value < 100 else round(value, 1) for name, value in figures.items()}
 
 
-def measurements(lives: Lives) -> int:
-    """Count the measurements of one round."""
-    return sum(len(scenarios) for _, scenarios in lives)
-
-
-def estimate_seconds(lives: Lives, choices: Choices) -> float:
-    """Estimate how long one round takes."""
-    each = choices.seconds + 0.3
-    return measurements(lives) * each + len(lives) * (LIFE_SECONDS + choices.warm_up_seconds)
-
-
 # ── The parts: what is written into a file of its own ─────────────────────────────────────────────────────────────────
 
 
-def without_latency(lives: Lives) -> Lives:
-    """Leave out what only the emulator can do."""
+def services_lives(choices: Choices) -> Lives:
+    """Return the comparison's lives; with a real cluster, without the latency that only the emulator can add."""
+    lives = bench_plan.services_plan(choices.services, choices.only)
+    if not choices.real_cluster:
+        return lives
     return [(setup, [each for each in scenarios if not each.latency_ms]) for setup, scenarios in lives]
 
 
 def compare(run: Run) -> dict[str, Any]:
     """Run the comparison of the services."""
     choices = run.choices
-    lives = bench_plan.services_plan(choices.services, choices.only)
-    lives = without_latency(lives) if choices.real_cluster else lives
-    sdk = not choices.only or "sdk" in choices.only
-    with backend_for(choices) as backend:
-        alone = run.sdk(backend, choices.repeat) if sdk else []
-        return {"measurements": run.lives(lives, backend, choices.repeat), "sdk": alone}
+    with bench_backend.cluster(dict(os.environ)) if choices.real_cluster else bench_backend.emulated() as backend:
+        alone = run.sdk(backend, choices.repeat) if choices.sdk else []
+        return {"measurements": run.lives(services_lives(choices), backend, choices.repeat), "sdk": alone}
 
 
 def grid(run: Run) -> dict[str, Any]:
     """Run our service with other numbers of document workers and batch sizes."""
     with bench_backend.emulated() as backend:
-        return {"measurements": run.lives(bench_plan.grid_plan(), backend, 1)}
+        return {"measurements": run.lives(bench_plan.grid_plan(), backend)}
 
 
 def growth(run: Run) -> dict[str, Any]:
     """Run with more and more connections, then with more and more documents."""
     services = run.choices.services
     with bench_backend.emulated() as backend:
-        connections = run.lives(bench_plan.growth_plan(services), backend, 1)
+        connections = run.lives(bench_plan.growth_plan(services), backend)
     documents = []
     for count in bench_plan.GROWTH_DOCUMENTS:
         run.say(f"filling the emulator with {count:,} profiles")
         with bench_backend.emulated(count, pictures=False) as backend:
-            documents += run.lives(bench_plan.documents_plan(services), backend, 1)
+            documents += run.lives(bench_plan.documents_plan(services), backend)
     return {"connections": connections, "documents": documents}
-
-
-def backend_for(choices: Choices) -> Any:
-    """Return the database that the command line asks for."""
-    return bench_backend.cluster(dict(os.environ)) if choices.real_cluster else bench_backend.emulated()
 
 
 def count_all(parts: Iterable[str], choices: Choices) -> tuple[int, float]:
     """Return how many measurements the parts will make, and roughly how many seconds they take."""
-    total, seconds = 0, 0.0
+    lives: Lives = []
+    loops, seconds = 0, 0.0
     if "services" in parts:
-        lives = bench_plan.services_plan(choices.services, choices.only)
-        lives = without_latency(lives) if choices.real_cluster else lives
-        loops = len(SDK_LOOPS) if not choices.only or "sdk" in choices.only else 0
-        total += choices.repeat * (measurements(lives) + loops)
-        seconds += choices.repeat * (estimate_seconds(lives, choices) + loops * (choices.seconds + 1))
+        lives += services_lives(choices) * choices.repeat
+        loops = len(SDK_LOOPS) * choices.repeat if choices.sdk else 0
     if "grid" in parts:
-        total += measurements(bench_plan.grid_plan())
-        seconds += estimate_seconds(bench_plan.grid_plan(), choices)
+        lives += bench_plan.grid_plan()
     if "growth" in parts:
-        lives = bench_plan.growth_plan(choices.services)
+        lives += bench_plan.growth_plan(choices.services)
         lives += bench_plan.documents_plan(choices.services) * len(bench_plan.GROWTH_DOCUMENTS)
-        total += measurements(lives)
-        seconds += estimate_seconds(lives, choices) + 75  # filling the emulator
-    return total, seconds
+        seconds += 75  # filling the emulator
+    measurements = sum(len(scenarios) for _, scenarios in lives)
+    seconds += measurements * (choices.seconds + 0.3) + loops * (choices.seconds + 1)
+    return measurements + loops, seconds + len(lives) * (LIFE_SECONDS + choices.warm_up_seconds)
 
 
 def description(choices: Choices, tools: Tools) -> dict[str, Any]:
@@ -279,7 +247,7 @@ def description(choices: Choices, tools: Tools) -> dict[str, Any]:
         "machine": {
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_gb": round(_memory_kb() / 1e6, 1),
+            "memory_gb": round(int(Path("/proc/meminfo").read_text().split()[1]) / 1e6, 1),
             "kernel": f"{platform.system()} {platform.release()}",
         },
         "versions": _versions(choices, tools),
@@ -291,10 +259,6 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
-
-
-def _memory_kb() -> int:
-    return int(Path("/proc/meminfo").read_text().split()[1])
 
 
 def _versions(choices: Choices, tools: Tools) -> dict[str, str]:

@@ -70,10 +70,11 @@ def emulated(documents: int = DOCUMENTS, pictures: bool = True) -> Iterator[Back
     Raises:
         RunError: it does not start.
     """
-    options: dict[str, Any] = {"profiles": documents, "pictures": 1 if pictures else 0}
     try:
         with (
-            EmulatorProcess(start_seconds=EMULATOR_START_SECONDS, **options) as emulator,
+            EmulatorProcess(
+                start_seconds=EMULATOR_START_SECONDS, profiles=documents, pictures=int(pictures)
+            ) as emulator,
             _provisioned(settings_for(emulator), documents, emulator) as backend,
         ):
             yield backend
@@ -81,8 +82,7 @@ def emulated(documents: int = DOCUMENTS, pictures: bool = True) -> Iterator[Back
         raise RunError(f"the emulator failed: {error}") from None
 
 
-@contextlib.contextmanager
-def cluster(environ: dict[str, str]) -> Iterator[Backend]:
+def cluster(environ: dict[str, str]) -> contextlib.AbstractContextManager[Backend]:
     """Use the cluster that the service's own settings name; the pictures put into it are removed again.
 
     Raises:
@@ -90,26 +90,7 @@ def cluster(environ: dict[str, str]) -> Iterator[Backend]:
         RunError: it can't be used, or does not have the sample data.
     """
     chosen = {name: value for name, value in environ.items() if name.startswith("COUCHBASE_")}
-    with _provisioned(chosen, DOCUMENTS, None) as backend:
-        yield backend
-
-
-@contextlib.contextmanager
-def _connected(settings: micro_svc_demo.Settings) -> Iterator[Any]:
-    """Yield the SDK's scope of the service's collections, connected as the service connects.
-
-    Raises:
-        RunError: it can't be connected to.
-    """
-    try:
-        connection = micro_svc_demo.open_cluster(settings)
-        scope = connection.bucket(settings.couchbase_bucket).scope(settings.couchbase_scope)
-    except CouchbaseException as error:
-        raise RunError(f"the cluster can't be used: {micro_svc_demo.describe(error)}") from None
-    try:
-        yield scope
-    finally:
-        connection.close()
+    return _provisioned(chosen, DOCUMENTS, None)
 
 
 @contextlib.contextmanager
@@ -117,7 +98,12 @@ def _provisioned(chosen: dict[str, str], documents: int, emulator: EmulatorProce
     """Look at the sample data, put the pictures there, and write the files of targets."""
     settings = micro_svc_demo.read_settings([], chosen)
     keys = {f"bench-{number}": f"user_images:bench-{number}" for number in range(PICTURES)}
-    with _connected(settings) as scope, tempfile.TemporaryDirectory(prefix="load-") as folder:
+    try:
+        connection = micro_svc_demo.open_cluster(settings)
+        scope = connection.bucket(settings.couchbase_bucket).scope(settings.couchbase_scope)
+    except CouchbaseException as error:
+        raise RunError(f"the cluster can't be used: {micro_svc_demo.describe(error)}") from None
+    with contextlib.closing(connection), tempfile.TemporaryDirectory(prefix="load-") as folder:
         images = scope.collection("user_images")
         try:
             token, profiles = _token(scope), _profiles(scope.collection("user_data"))
@@ -125,13 +111,17 @@ def _provisioned(chosen: dict[str, str], documents: int, emulator: EmulatorProce
             records = ((key, _picture(number, draw)) for number, key in enumerate(keys.values()))
             while batch := dict(itertools.islice(records, AT_ONCE)):
                 images.upsert_multi(batch)
-            texts = {
-                "ids": (f"/api/v1/id/{number}" for number in _numbers(documents, draw)),
+            ids = range(1, documents + 1)
+            some = ids if documents <= MAX_TARGETS else draw.sample(ids, MAX_TARGETS)
+            paths = {
+                "ids": (f"/api/v1/id/{number}" for number in some),
                 "missing": (f"/api/v1/id/{documents + number}" for number in range(1, DOCUMENTS + 1)),
                 "nicknames": (f"/api/v1/nickname/{quote(each['nickname'], safe='')}" for each in profiles),
                 "pictures": (f"/api/v1/picture/raw/{name}" for name in keys),
             }
-            targets = {name: _write(Path(folder) / name, lines) for name, lines in texts.items()}
+            targets = {name: Path(folder) / name for name in paths}
+            for name, lines in paths.items():
+                targets[name].write_text("\n".join(lines) + "\n", encoding="ascii")
             names = ([each[field] for each in profiles[:3]] for field in ("nickname", "user_id"))
             yield Backend(chosen, _for_peers(settings), token, documents, emulator, targets, *names)
         finally:
@@ -163,32 +153,22 @@ def _profiles(users: Any) -> list[dict[str, Any]]:
     return profiles
 
 
-def _numbers(documents: int, draw: random.Random) -> Iterator[int]:
-    everything = range(1, documents + 1)
-    return iter(everything if documents <= MAX_TARGETS else draw.sample(everything, MAX_TARGETS))
-
-
 def _picture(number: int, draw: random.Random) -> bytes:
     """Return a picture's record. Nobody looks into the picture; incompressible bytes stand for it."""
     image = base64.b64encode(draw.randbytes(PICTURE_BYTES)).decode()
     return json.dumps({"record_id": number, "type": "png", "image": image}).encode()
 
 
-def _write(path: Path, lines: Iterator[str]) -> Path:
-    path.write_text("".join(f"{line}\n" for line in itertools.islice(lines, MAX_TARGETS)), encoding="ascii")
-    return path
-
-
 def _for_peers(settings: micro_svc_demo.Settings) -> dict[str, str]:
     """Put what else the connection needs into its string, which every SDK reads."""
     options = {
-        **({"trust_certificate": settings.couchbase_tls_ca} if settings.couchbase_tls_ca else {}),
-        **({} if settings.couchbase_tls_verify else {"tls_verify": "none"}),
-        **({} if settings.couchbase_network == "auto" else {"network": settings.couchbase_network}),
+        "trust_certificate": settings.couchbase_tls_ca,
+        "tls_verify": "" if settings.couchbase_tls_verify else "none",
+        "network": "" if settings.couchbase_network == "auto" else settings.couchbase_network,
     }
     text = settings.connection_string
-    if options:
-        text += ("&" if "?" in text else "?") + urlencode(options)
+    if given := urlencode({name: value for name, value in options.items() if value}):
+        text += ("&" if "?" in text else "?") + given
     return {
         "COUCHBASE_HOST": text,
         "COUCHBASE_USER": settings.couchbase_user,

@@ -13,7 +13,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, THREADING, Scenario, Setup
@@ -110,16 +109,22 @@ class Service:
                     raise RunError(f"it was not ready within {START_SECONDS:.0f} s: {self.last_words()}")
                 time.sleep(POLL_SECONDS)
         except BaseException:
-            self._end()
+            self.__exit__()
             raise
         self.startup_ms = (time.monotonic() - started) * 1000
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop it."""
-        self._end()
+        for process in self._started:
+            process.send_signal(signal.SIGTERM)
+        for process in self._started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            with contextlib.suppress(ProcessLookupError):  # the group: its own processes that are left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(STOP_SECONDS)
+        self._log.close()
 
     def _start(self, port: int, command: list[str]) -> None:
         process = subprocess.Popen(  # noqa: S603  # this Python, Node.js or an installed uvicorn
@@ -140,17 +145,6 @@ class Service:
             return ask(port, "/api/v1/id/1", headers, seconds=REQUEST_SECONDS).status == http.HTTPStatus.OK
         except (OSError, http.client.HTTPException):
             return False
-
-    def _end(self) -> None:
-        for process in self._started:
-            process.send_signal(signal.SIGTERM)
-        for process in self._started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
-            with contextlib.suppress(ProcessLookupError):  # the group: its own processes that are left
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(STOP_SECONDS)
-        self._log.close()
 
     def last_words(self) -> str:
         """Return the end of what it wrote, in one line."""

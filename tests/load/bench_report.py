@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from tests.load import bench_plan
 from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, PLAIN, SDK_CEILING, SDK_ON_ONE_PROCESSOR, THREADING, TITLES
 
 Part = dict[str, Any]
@@ -53,41 +54,26 @@ class Results:
     """The services' part, to be asked for single figures."""
 
     def __init__(self, part: Part) -> None:
-        self.part = part
-        self._rows = {
-            (row["service"], row["access_log"], row["processes"], row["scenario"]): row
-            for row in part["measurements"]
-            if row["rounds"]
-        }
-        self._sdk = {row["loop"]: row for row in part["sdk"] if row["rounds"]}
+        self._rows = {(row["service"], row["scenario"]): row for row in part["measurements"] if row["rounds"]}
+        self.loops = {row["loop"]: row for row in part["sdk"] if row["rounds"]}
 
     def row(self, service: str, scenario: str) -> dict[str, Any] | None:
         """Return the row of a scenario: of the one setup of the service that has it."""
-        found = [row for key, row in self._rows.items() if key[0] == service and key[3] == scenario]
-        return found[0] if found else None
+        return self._rows.get((service, scenario))
 
     def get(self, service: str, scenario: str, name: str) -> float | None:
         """Return a median; None if it was not measured."""
         row = self.row(service, scenario)
         return None if row is None else figure(row, name).median
 
-    def most_failures(self, service: str, scenario: str) -> float | None:
-        """Return the failures of the worst round."""
-        row = self.row(service, scenario)
-        return None if row is None else figure(row, "failures").high
-
     def sdk(self, name: str) -> float | None:
         """Return the operations a second of one of the SDK's loops."""
-        return figure(self._sdk[name], "requests_per_second").median if name in self._sdk else None
-
-    def sdk_rows(self) -> list[dict[str, Any]]:
-        """Return the SDK's loops."""
-        return list(self._sdk.values())
+        return figure(self.loops[name], "requests_per_second").median if name in self.loops else None
 
     def after_run_mb(self, service: str) -> float | None:
         """Return how much memory the service held after the last scenario of its longest life."""
-        rows = [row for key, row in self._rows.items() if key[0] == service and key[2] == 1]
-        rows = [row for row in rows if not row["scenario"].startswith("other-")]
+        alone = (row for row in self._rows.values() if (row["service"], row["processes"]) == (service, 1))
+        rows = [row for row in alone if not row["scenario"].startswith("other-")]
         return figure(rows[-1], "resident_mb").median if rows else None
 
     def services(self) -> list[str]:
@@ -96,7 +82,7 @@ class Results:
 
     def scenarios(self) -> list[str]:
         """Return which scenarios were measured."""
-        return list(dict.fromkeys(key[3] for key in self._rows))
+        return list(dict.fromkeys(scenario for _, scenario in self._rows))
 
 
 # ── The verdict ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -116,9 +102,12 @@ def ratio(over: float | None, under: float | None) -> float | None:
     return None if over is None or not under else over / under
 
 
+def _check(what: str, target: str, value: float | None, text: Callable[[float], str], met: bool) -> Check:
+    return Check(what, target, "not measured", None) if value is None else Check(what, target, text(value), met)
+
+
 def _at_least(what: str, value: float | None, least: float, text: Callable[[float], str]) -> Check:
-    measured = "not measured" if value is None else text(value)
-    return Check(what, f"≥ {text(least)}", measured, None if value is None else value >= least)
+    return _check(what, f"≥ {text(least)}", value, text, value is not None and value >= least)
 
 
 def _times(value: float) -> str:
@@ -154,18 +143,18 @@ def verdict(results: Results) -> list[Check]:
         share = ratio(results.get(OURS, scenario, "requests_per_second"), results.sdk(SDK_CEILING))
         what = f"share of the SDK's own rate ({SDK_CEILING}), {connections}"
         checks.append(_at_least(what, share, 1.0, lambda value: f"{value:.1%}"))
-    failures = results.most_failures(OURS, "by-id-1000")
-    said = "not measured" if failures is None else f"{failures:.0f} in the worst round"
-    checks.append(Check("1,000 connections, failures", "0", said, None if failures is None else failures == 0))
+    row = results.row(OURS, "by-id-1000")
+    failures = None if row is None else figure(row, "failures").high
+    worst = "{:.0f} in the worst round".format
+    checks.append(_check("1,000 connections, failures", "0", failures, worst, failures == 0))
     p99 = [results.get(service, "by-id-1000", "p99_ms") for service in (OURS, EXPRESS)]
     checks.append(_lower("1,000 connections, p99 against Express", p99[0], p99[1], "ms", 1))
     kept = ratio(results.get(OURS, "by-id-1000", "requests_per_second"), ours)
     checks.append(_at_least("requests/s at 1,000 connections against 32", kept, 0.9, lambda value: f"{value:.0%}"))
     for service, most, text in ((EXPRESS, 1 / 3, "⅓"), (FASTAPI, 1 / 5, "⅕")):
         value = compared("by-id-32", service, name="cpu_us")
-        said = "not measured" if value is None else f"1/{1 / value:.2f}"
-        met = None if value is None else value <= most
-        checks.append(Check(f"CPU a request against {TITLES[service]}", f"≤ {text}", said, met))
+        what, met = f"CPU a request against {TITLES[service]}", value is not None and value <= most
+        checks.append(_check(what, f"≤ {text}", value, lambda value: f"1/{1 / value:.2f}", met))
     p50 = [results.get(service, "by-id-1", "p50_ms") for service in (OURS, EXPRESS)]
     checks.append(_lower("latency of a single client, p50 against Express", p50[0], p50[1], "ms", 3))
     for service in (EXPRESS, FASTAPI):
@@ -211,9 +200,8 @@ def processor_note(results: Results) -> str:
 
 def title_of(scenario: str, connections: int) -> str:
     """Say what a scenario is, for people."""
-    group = scenario.rstrip("0123456789").rstrip("-")
     noun = "connection" if connections == 1 else "connections"
-    return f"{SCENARIO_TITLES.get(group, scenario)}, {connections:,} {noun}"
+    return f"{SCENARIO_TITLES.get(bench_plan.group_of(scenario), scenario)}, {connections:,} {noun}"
 
 
 def number(value: float) -> str:
@@ -257,7 +245,7 @@ def _note(row: dict[str, Any]) -> str:
 def sdk_table(results: Results) -> list[str]:
     """Return the SDK's own rates, and what part of the ceiling each service passes on."""
     lines = ["| the SDK alone | operations/s (least–most) | CPU µs |", "|---|---|---|"]
-    for row in results.sdk_rows():
+    for row in results.loops.values():
         rate = figure(row, "requests_per_second")
         spread = f"{rate.median:,.0f} ({rate.low:,.0f}–{rate.high:,.0f})"
         lines.append(f"| {row['loop']} | {spread} | {number(figure(row, 'cpu_us').median)} |")

@@ -11,13 +11,12 @@ ratios counts: what else the machine does at the moment falls on both sides of a
 import argparse
 import asyncio
 import resource
-import socket
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -70,9 +69,7 @@ class Tally:
     """What many clients saw."""
 
     answered: int = 0
-    lost: Counter[str] = field(
-        default_factory=Counter
-    )  # requests without the answer that was due, by what came instead
+    lost: Counter[str] = field(default_factory=Counter)  # answers that were due, by what came instead
     under_way: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -119,32 +116,25 @@ def settle(service: ServiceProcess) -> None:
 
 
 @contextmanager
-def idle_clients(port: int, count: int) -> Iterator[list[socket.socket]]:
-    """Connect, and say nothing."""
-    with crowd(port, count) as clients:
-        yield clients
-
-
-@contextmanager
-def half_sent_heads(port: int, count: int) -> Iterator[list[socket.socket]]:
+def half_sent_heads(port: int, count: int) -> Iterator[None]:
     """Send half a head each, and wait."""
     with crowd(port, count) as clients:
         stuff(clients, request("/api/v1/id/1", TOKEN)[:-2])
-        yield clients
+        yield
 
 
 @contextmanager
-def never_readers(port: int, count: int) -> Iterator[list[socket.socket]]:
+def never_readers(port: int, count: int) -> Iterator[None]:
     """Ask for pictures as long as the service takes requests, and read none of the answers."""
     with crowd(port, count, SMALL_BUFFER_BYTES) as clients:
         wanted = request("/api/v1/picture/raw/1", TOKEN) * 100
         for _ in range(3):
             stuff(clients, wanted)
-        yield clients
+        yield
 
 
-OTHERS: dict[str, Callable[[int, int], contextmanager]] = {  # type: ignore[type-arg]
-    "idle connections": idle_clients,
+OTHERS: dict[str, Callable[[int, int], AbstractContextManager[object]]] = {
+    "idle connections": crowd,
     "half-sent heads": half_sent_heads,
     "clients that ask for pictures and never read": never_readers,
 }
@@ -264,11 +254,8 @@ def stop_under_load(settings: dict[str, str]) -> Tally:
     def stop() -> None:
         assert service.stop() == 0, service.raw_lines[-3:]
 
-    service = ServiceProcess(settings, "--access-log", "false").__enter__()
-    try:
+    with ServiceProcess(settings, "--access-log", "false") as service:
         return asyncio.run(_under_load(service.port, stop))
-    finally:
-        service.stop()
 
 
 def stop_row(settings: dict[str, str], scale: Scale) -> Row:
@@ -311,9 +298,8 @@ def _check_machine(scale: Scale) -> None:
 def measure(scale: Scale) -> Iterator[Row]:
     """Start what is needed and measure everything; yields each row as it is known."""
     _check_machine(scale)
-    with ExitStack() as stack:
-        progress("starting the emulator and the service")
-        database = stack.enter_context(EmulatorProcess(profiles=PROFILES, token=TOKEN))
+    progress("starting the emulator and the service")
+    with EmulatorProcess(profiles=PROFILES, token=TOKEN) as database:
         settings = settings_for(database)
         with ServiceProcess(settings, "--access-log", "false") as service:
             yield idle_memory_row(service, scale)
@@ -327,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
     options = parser.parse_args(argv)
-    rows = []
+    rows: list[Row] = []
     try:
         for row in measure(QUICK if options.quick else FULL):
             if not rows:
