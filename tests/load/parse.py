@@ -20,7 +20,7 @@ import micro_svc_demo as service
 from tests.sample_data import OneLineParser, whole_number
 
 KINDS = ("curl", "browser", "proxied", "wrk")
-LEAST_RATIO = 5.0  # how many times as fast as the standard library's parser the service's has to be
+LEAST_RATIO = 3.5  # how many times as fast as the standard library's parser the service's has to be
 HEADS = 100  # of each kind
 
 
