@@ -14,6 +14,18 @@ blocking call to Couchbase each and hand the result back to the loop. The way of
 
 from __future__ import annotations
 
+import os
+import signal
+
+# `nohup` has it ignore SIGHUP.
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+if __name__ == "__main__":  # at once: a container's first process ignores what it has no handler for, and imports last
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: os._exit(0))  # until there is something to drain
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+# ruff: noqa: E402  # for the reason above
 import _thread
 import argparse
 import asyncio
@@ -29,14 +41,12 @@ import ipaddress
 import itertools
 import json
 import math
-import os
 import queue
 import random
 import re
 import resource
 import select
 import selectors
-import signal
 import socket
 import ssl
 import sys
@@ -114,7 +124,7 @@ def _file(text: str) -> str:
 
 _HOST = r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]"
 _HOSTS = rf"(?:{_HOST})(?::[0-9]{{1,5}})?(?:,(?:{_HOST})(?::[0-9]{{1,5}})?)*"
-_CLUSTER_TEXT = "host[:port], several with commas, or couchbase[s]://…"
+_CLUSTER_TEXT = "host[:port], several with commas, or couchbase[s]://..."
 _CLUSTER = _matching(rf"{_HOSTS}|couchbases?://{_HOSTS}/?(?:\?[!-~]*)?", _CLUSTER_TEXT)
 # It gets into a page and its policy: nothing that means something there.
 _ASSETS = _matching(rf"https?://(?:{_HOST})(?::[0-9]{{1,5}})?(?:/[A-Za-z0-9@._~-]+)*", "http[s]://host[:port][/path]")
@@ -134,8 +144,10 @@ class Settings:
     """What the operator can choose; every value is checked before anything starts."""
 
     couchbase_host: str = _row(REQUIRED, _CLUSTER, "the cluster")
-    couchbase_user: str = _row(REQUIRED, _matching(r"[^\x00-\x1f\x7f]{1,128}", "a user name"), "who asks")
-    couchbase_password: str = _row(None, _matching(r"[^\0]{1,1024}", "text"), "that user's password", secret=True)
+    couchbase_user: str = _row(REQUIRED, _matching(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,128}", "a user name"), "who asks")
+    couchbase_password: str = _row(
+        None, _matching(r"[^\0\ud800-\udfff]{1,1024}", "text"), "that user's password", secret=True
+    )
     couchbase_password_file: str | None = _row(None, ("a readable file", _file), "the file with the password instead")
     couchbase_bucket: str = _row("sample_app", _matching(_NAME, "a bucket's name"), "the bucket")
     couchbase_scope: str = _row("profiles", _matching(_NAME, "a scope's name"), "the scope of the collections")
@@ -162,6 +174,13 @@ class Settings:
         """The cluster as the SDK takes it. A whole URL wins over `COUCHBASE_TLS`."""
         whole = "://" in self.couchbase_host
         return self.couchbase_host if whole else f"couchbase{'s' * self.couchbase_tls}://{self.couchbase_host}"
+
+    @property
+    def password_doubt(self) -> str:
+        """Say what looks like a mistake in the password, to stand behind its name where Couchbase refuses it."""
+        text = self.couchbase_password
+        blank = " (it begins or ends with a blank)" if text != text.strip() else ""
+        return f"{blank} (it stands in quotes)" if re.fullmatch(r"""(?s)(['"]).*\1""", text.strip()) else blank
 
 
 ROWS: list[dict[str, Any]] = [{"name": row.name, **row.metadata} for row in fields(Settings)]
@@ -207,10 +226,11 @@ def _with_password(settings: Settings) -> Settings:
         what = "set" if path else "missing"
         raise SettingsError(f"COUCHBASE_PASSWORD and COUCHBASE_PASSWORD_FILE are both {what}; allowed: one of the two")
     if path:
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(path, encoding="utf-8-sig", errors="replace") as file:
             password = file.read(4096).rstrip("\r\n")
-    if not password:
-        raise SettingsError("COUCHBASE_PASSWORD_FILE: no password in it; allowed: a readable file with a line of text")
+    if not password or re.search("[\0\ufffd]", password):
+        what = "not UTF-8 (UTF-16, perhaps)" if password else "no password in it"
+        raise SettingsError(f"COUCHBASE_PASSWORD_FILE: {what}; allowed: a readable file with a line of text")
     return replace(settings, couchbase_password=password)
 
 
@@ -651,7 +671,7 @@ class ProfileServer(ThreadingHTTPServer):
         return socket.create_server(("", port), family=family, backlog=self.request_queue_size, dualstack_ipv6=both)
 
     def serve_forever(self, poll_interval: float = 1.0) -> None:
-        """Serve until drained (`shutdown`, SIGTERM or SIGINT); look at deadlines every `poll_interval` seconds."""
+        """Serve until drained (`shutdown`, or one of STOP_SIGNALS); look at deadlines every `poll_interval` seconds."""
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(EndOfTurn(self))) as runner:
             runner.run(self._serve(poll_interval))
 
@@ -710,7 +730,7 @@ class ProfileServer(ThreadingHTTPServer):
         """Log what goes wrong in the event loop, above all: no descriptor is left for a client."""
         message = "cannot accept" if "accept" in context["message"] else "event loop failure"
         error = describe(context["exception"]) if "exception" in context else context["message"]
-        self.log.event("error", message, error=error, connections=len(self.connections))
+        self.log.seldom("error", message, error=error, connections=len(self.connections))
 
     async def _keep_ready(self) -> None:
         """Connect and read the token, again and again until both work; then check now and then whether all is well."""
@@ -766,8 +786,8 @@ class ProfileServer(ThreadingHTTPServer):
 
 # ── Main: from the command line to the last answer ────────────────────────────────────────────────────────────────────
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_SECONDS = 0.6  # for which the end waits for the collector of traces, the SDK, and the log
+SPARE_DESCRIPTORS = 64  # for all but the clients: Couchbase, probes, clients that are refused
+EXIT_SECONDS = 0.5  # for which the end waits for the collector of traces, the SDK, and the log
 
 
 def backoff(low: float = 0.2, high: float = 5.0) -> Iterator[float]:
@@ -778,27 +798,42 @@ def backoff(low: float = 0.2, high: float = 5.0) -> Iterator[float]:
         delay = min(high, delay * 2)
 
 
+def within_limits(settings: Settings) -> Settings:
+    """Raise the limit of open files as far as the system lets it; return the settings with the clients that fit."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS)
+    return replace(settings, max_connections=min(settings.max_connections, most))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service; return the exit code: 0 after a drain, 1 if it cannot serve, 2 for a bad setting."""
     try:
-        settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
+        settings = within_limits(asked := read_settings(sys.argv[1:] if argv is None else argv, os.environ))
     except SettingsError as error:
         print(f"micro_svc_demo: {error}", file=sys.stderr)
         return 2
     processor = Processor.pin(settings)  # before the first thread, as those inherit it
-    log, metrics = Log(settings.log_level, access=settings.access_log), Metrics()
     try:
+        log, metrics = Log(settings.log_level, access=settings.access_log), Metrics()
         server = ProfileServer(settings, ProfileStore(settings, log, metrics), log, metrics)
     except OSError as error:
         ports = f"SERVICE_PORT {settings.port} or METRICS_PORT {settings.metrics_port}"
         print(f"micro_svc_demo: cannot listen on {ports}: {error.strerror}", file=sys.stderr)
         return 1
-    server.processor, server.tracer = processor, find_tracer()
+    except RuntimeError as error:
+        print(f"micro_svc_demo: cannot start ({error}): check the limit of threads (ulimit -u, pids)", file=sys.stderr)
+        return 1
+    server.processor = processor
     address, port, cluster = *server.server_address[:2], settings.connection_string
     metrics_port = server.metrics_socket.getsockname()[1] if server.metrics_socket else None
     listening = {"address": address, "port": port, "metrics_port": metrics_port, "cluster": cluster}
     listening |= {"bucket": settings.couchbase_bucket, "scope": settings.couchbase_scope, "threads": settings.threads}
     log.event("info", "listening", version=__version__, **listening)
+    server.tracer = find_tracer(log)
+    if (most := settings.max_connections) < asked.max_connections:
+        log.event("warning", "MAX_CONNECTIONS is more than the limit of open files (ulimit -n) lets in", clients=most)
     if not settings.couchbase_tls_verify:
         log.event("warning", "Couchbase's certificate is not verified: COUCHBASE_TLS_VERIFY is false")
     if cluster.startswith("couchbase:"):
@@ -810,8 +845,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         listener.close()
     for call in (stop_tracing, server.store.database.close):  # either may block
         closing = threading.Thread(target=call, daemon=True)
-        closing.start()
-        closing.join(EXIT_SECONDS)
+        with contextlib.suppress(RuntimeError):  # no thread can be started
+            closing.start()
+            closing.join(EXIT_SECONDS)
     log.event("info", "stopped")
     log.close(EXIT_SECONDS)
     return 1 if server.failure else 0
@@ -1034,6 +1070,7 @@ class Connection(asyncio.Protocol):
                  "transport", "unsent")  # fmt: skip
     READING, ANSWERING, WRITING, LINGERING, CLOSED = range(5)
     head_seconds, idle_seconds, write_seconds, linger_seconds = 10.0, 75.0, 30.0, 2.0
+    most_refused = 8  # of those too many that are closed in two steps: the others would use up the descriptors
     receive_bytes = 16_384  # at a time
     buffered_bytes = 32_768  # behind the request that is being answered; then reading pauses
     transport: Any  # asyncio.Transport
@@ -1054,7 +1091,8 @@ class Connection(asyncio.Protocol):
         self.address = peer[0].removeprefix("::ffff:") if peer else ""  # it may be gone already
         server.connections.add(self)
         server.clients += not self.internal
-        if server.clients > server.settings.max_connections and not self.internal:
+        if server.clients > (most := server.settings.max_connections) and not self.internal:
+            self.ended = server.clients > most + self.most_refused
             self._answer(unavailable("too many connections", rejected="overloaded"))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -1239,7 +1277,7 @@ class Pool:
             try:  # not a `threading.Thread`: to start one waits until it runs, and the event loop has no time for that
                 _thread.start_new_thread(self._work, (jobs, asyncio.get_running_loop()))
             except RuntimeError as error:
-                self._log.event("error", "no thread can be started", error=describe(error))
+                self._log.seldom("error", "no thread can be started", error=describe(error))
                 return job.finish(unavailable("overloaded: no thread can be started", rejected="overloaded"))
         self.free -= 1
         return jobs.put(job)
@@ -1546,7 +1584,8 @@ class Database:
         except cb.InvalidArgumentException as error:
             raise FatalError(f"the SDK refuses COUCHBASE_HOST or its options: {describe(error)}") from error
         except cb.AuthenticationException as error:
-            raise FatalError(f"Couchbase refuses user {user!r}: check COUCHBASE_USER and COUCHBASE_PASSWORD") from error
+            refused = f"Couchbase refuses user {user!r}: check COUCHBASE_USER and COUCHBASE_PASSWORD"
+            raise FatalError(refused + settings.password_doubt) from error
         except _TIMEOUTS as error:
             if doubt:
                 raise FatalError(doubt) from error
@@ -1720,7 +1759,9 @@ class Health:
 
     def __init__(self, database: Database, tokens: Tokens, log: Log, metrics: Metrics) -> None:
         self._database, self._tokens, self._log, self._metrics = database, tokens, log, metrics
-        self._threads = ThreadPoolExecutor(2)  # for the check's own calls
+        self._threads = ThreadPoolExecutor(2)  # for the check's own calls; started now, as later none may be left
+        both = threading.Barrier(2)
+        self._threads.submit(both.wait), self._threads.submit(both.wait)
         self.breaker, self.query_breaker, self.replica_breaker = (
             Breaker(functools.partial(self._tell, service)) for service in ("key-value", "query", "key-value replicas")
         )
@@ -1952,6 +1993,7 @@ class Log:
             self._descriptor = os.open(os.devnull, os.O_WRONLY)
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._put_bytes = self._written_bytes = 0  # each is changed by one thread only
+        self._said: dict[str, float] = {}  # by `seldom`, and when, in monotonic seconds
         self._writer = threading.Thread(target=self._write_all, daemon=True)
         self._writer.start()
 
@@ -1969,6 +2011,13 @@ class Log:
                 text = json.dumps(cut, default=str)[: MAX_LINE_BYTES - 1]
             self._put_bytes += len(text) + 1  # JSON is ASCII here
             self._lines.put(f"{text}\n".encode())
+
+    def seldom(self, level: str, message: str, **details: object) -> None:
+        """Write an event that may come with every request, once in five seconds."""
+        now = time.monotonic()
+        if now >= self._said.get(message, -math.inf) + 5.0:
+            self._said[message] = now
+            self.event(level, message, **details)
 
     def requests(self, handlers: Sequence[ProfileHandler]) -> None:
         """Write a line for each answered request; every value is from a closed set, or its characters were checked."""
@@ -2174,11 +2223,17 @@ def trace_id(traceparent: str) -> str:
     return found[1] if found else ""
 
 
-def find_tracer() -> Any:
-    """Return a tracer if this process has a provider of them, else None."""
-    trace: Any = sys.modules.get("opentelemetry.trace")
-    found = trace and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
-    return trace.get_tracer("micro_svc_demo", __version__) if found else None
+def find_tracer(log: Log) -> Any:
+    """Return a tracer if this process has a provider of them, else None, with a warning if it ought to have one."""
+    why, trace = "opentelemetry-instrument has set nothing up", cast("Any", sys.modules.get("opentelemetry.trace"))
+    try:
+        if trace and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+            return trace.get_tracer("micro_svc_demo", __version__)
+    except Exception as error:  # a variable names what is not installed
+        why = describe(error)
+    if "opentelemetry.instrumentation" in sys.modules:  # the command that starts programs with a provider
+        log.event("warning", "nothing is traced: check the OTEL_ variables and the packages that they name", error=why)
+    return None
 
 
 def stop_tracing() -> None:

@@ -395,6 +395,7 @@ class Provisioner:
         except errors.AuthenticationException as error:
             raise ProvisionError(
                 f"Couchbase refuses user {settings.couchbase_user!r}: check COUCHBASE_USER and COUCHBASE_PASSWORD"
+                + settings.password_doubt
             ) from error
         except (errors.InvalidArgumentException, ValueError) as error:
             raise self._service.SettingsError(
