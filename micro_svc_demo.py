@@ -1178,7 +1178,8 @@ class Connection(asyncio.Protocol):
             if self.ended or not self.transport.can_write_eof():
                 self.transport.close()
             else:
-                self.transport.write_eof()
+                with contextlib.suppress(OSError):  # the client has gone
+                    self.transport.write_eof()
                 self.transport.resume_reading()
         elif self.framer.partial:  # not at once, as each of a thousand pipelined requests would be a call deeper
             self.state, self.deadline = self.ANSWERING, math.inf
