@@ -17,15 +17,11 @@ from __future__ import annotations
 import os
 import signal
 
-# `nohup` has it ignore SIGHUP.
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
-if __name__ == "__main__":  # at once: a container's first process ignores what it has no handler for, and imports last
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: os._exit(0))  # until there is something to drain
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+if __name__ == "__main__":  # before imports, which take long: a container's first process ignores what has no handler
+    for number in (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, (lambda *_: os._exit(0)) if number in STOP_SIGNALS else signal.SIG_IGN)
 
-# ruff: noqa: E402  # for the reason above
 import _thread
 import argparse
 import asyncio
@@ -65,18 +61,10 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 from urllib.parse import quote, unquote_to_bytes
 
 from couchbase import exceptions as cb
+from couchbase import options as cbo
 from couchbase.auth import PasswordAuthenticator
 from couchbase.cluster import Cluster
 from couchbase.n1ql import QueryScanConsistency
-from couchbase.options import (
-    ClusterOptions,
-    ClusterTimeoutOptions,
-    GetAnyReplicaOptions,
-    GetOptions,
-    LookupInOptions,
-    QueryOptions,
-    TLSVerifyMode,
-)
 from couchbase.serializer import Serializer
 from couchbase.subdocument import get as path_get
 from couchbase.transcoder import RawJSONTranscoder
@@ -144,10 +132,8 @@ class Settings:
     """What the operator can choose; every value is checked before anything starts."""
 
     couchbase_host: str = _row(REQUIRED, _CLUSTER, "the cluster")
-    couchbase_user: str = _row(REQUIRED, _matching(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,128}", "a user name"), "who asks")
-    couchbase_password: str = _row(
-        None, _matching(r"[^\0\ud800-\udfff]{1,1024}", "text"), "that user's password", secret=True
-    )
+    couchbase_user: str = _row(REQUIRED, _matching(r"[^\x00-\x1f\x7f]{1,128}", "a user name"), "who asks")
+    couchbase_password: str = _row(None, _matching(r"[^\0]{1,1024}", "text"), "that user's password", secret=True)
     couchbase_password_file: str | None = _row(None, ("a readable file", _file), "the file with the password instead")
     couchbase_bucket: str = _row("sample_app", _matching(_NAME, "a bucket's name"), "the bucket")
     couchbase_scope: str = _row("profiles", _matching(_NAME, "a scope's name"), "the scope of the collections")
@@ -176,11 +162,10 @@ class Settings:
         return self.couchbase_host if whole else f"couchbase{'s' * self.couchbase_tls}://{self.couchbase_host}"
 
     @property
-    def password_doubt(self) -> str:
-        """Say what looks like a mistake in the password, to stand behind its name where Couchbase refuses it."""
-        text = self.couchbase_password
-        blank = " (it begins or ends with a blank)" if text != text.strip() else ""
-        return f"{blank} (it stands in quotes)" if re.fullmatch(r"""(?s)(['"]).*\1""", text.strip()) else blank
+    def credentials(self) -> str:
+        """Name what to check where Couchbase refuses the user, and what looks like a mistake in the password."""
+        odd = self.couchbase_password != self.couchbase_password.strip().strip("'\"")
+        return f"COUCHBASE_USER and COUCHBASE_PASSWORD{' (it begins or ends with a blank or a quote)' * odd}"
 
 
 ROWS: list[dict[str, Any]] = [{"name": row.name, **row.metadata} for row in fields(Settings)]
@@ -212,7 +197,7 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         if text is REQUIRED:
             raise SettingsError(f"{where} is missing; allowed: {row['allowed']}")
         try:
-            values[row["name"]] = None if text is None else row["parse"](text)
+            values[row["name"]] = None if text is None else row["parse"](text.encode().decode())  # UTF-8 only
         except (ValueError, KeyError, TypeError, OSError):
             shown = "its value is not allowed" if row["secret"] else f"{text[:60]!r} is not allowed"
             raise SettingsError(f"{where}: {shown}; allowed: {row['allowed']}") from None
@@ -263,9 +248,7 @@ def unavailable(detail: str, *, seconds: int = 1, rejected: str = "", **members:
 # but the store's `Get` and `Query`; `resume` steps it, once at the beginning and once for each result.
 
 JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+json", "text/html; charset=utf-8"
-CONTENT_POLICY = (
-    "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # opened as a page a picture may run nothing
-)
+CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # as a page a picture may run nothing
 ALLOW, REPLICA, MAX_KEY_BYTES = "Allow: GET, HEAD\r\n", "X-Couchbase-Replica: true\r\n", 246
 _REJECTED = {400: "malformed", 417: "malformed", 414: "too_large", 431: "too_large", 408: "too_slow"}
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -798,41 +781,32 @@ def backoff(low: float = 0.2, high: float = 5.0) -> Iterator[float]:
         delay = min(high, delay * 2)
 
 
-def within_limits(settings: Settings) -> Settings:
-    """Raise the limit of open files as far as the system lets it; return the settings with the clients that fit."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    most = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS)
-    return replace(settings, max_connections=min(settings.max_connections, most))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service; return the exit code: 0 after a drain, 1 if it cannot serve, 2 for a bad setting."""
     try:
-        settings = within_limits(asked := read_settings(sys.argv[1:] if argv is None else argv, os.environ))
+        settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
     except SettingsError as error:
         print(f"micro_svc_demo: {error}", file=sys.stderr)
         return 2
+    hard, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[1], settings.max_connections
+    with contextlib.suppress(ValueError, OSError):  # the system allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    settings = replace(settings, max_connections=min(wanted, max(1, os.sysconf("SC_OPEN_MAX") - SPARE_DESCRIPTORS)))
     processor = Processor.pin(settings)  # before the first thread, as those inherit it
     try:
         log, metrics = Log(settings.log_level, access=settings.access_log), Metrics()
         server = ProfileServer(settings, ProfileStore(settings, log, metrics), log, metrics)
-    except OSError as error:
-        ports = f"SERVICE_PORT {settings.port} or METRICS_PORT {settings.metrics_port}"
-        print(f"micro_svc_demo: cannot listen on {ports}: {error.strerror}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:  # a port is in use; no thread can be started
+        ports = f"SERVICE_PORT {settings.port} and METRICS_PORT {settings.metrics_port}"
+        print(f"micro_svc_demo: cannot start with {ports}: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        print(f"micro_svc_demo: cannot start ({error}): check the limit of threads (ulimit -u, pids)", file=sys.stderr)
-        return 1
-    server.processor = processor
     address, port, cluster = *server.server_address[:2], settings.connection_string
     metrics_port = server.metrics_socket.getsockname()[1] if server.metrics_socket else None
     listening = {"address": address, "port": port, "metrics_port": metrics_port, "cluster": cluster}
     listening |= {"bucket": settings.couchbase_bucket, "scope": settings.couchbase_scope, "threads": settings.threads}
     log.event("info", "listening", version=__version__, **listening)
-    server.tracer = find_tracer(log)
-    if (most := settings.max_connections) < asked.max_connections:
+    server.processor, server.tracer = processor, find_tracer(log)
+    if (most := settings.max_connections) < wanted:
         log.event("warning", "MAX_CONNECTIONS is more than the limit of open files (ulimit -n) lets in", clients=most)
     if not settings.couchbase_tls_verify:
         log.event("warning", "Couchbase's certificate is not verified: COUCHBASE_TLS_VERIFY is false")
@@ -841,8 +815,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.event("debug", "pinned to a processor", processor=processor and processor.pinned)
     gc.set_threshold(20_000)  # not for what a thousand clients keep in flight, as there is hardly any garbage
     server.serve_forever()
-    for listener in filter(None, (server.socket, server.metrics_socket)):
-        listener.close()
     for call in (stop_tracing, server.store.database.close):  # either may block
         closing = threading.Thread(target=call, daemon=True)
         with contextlib.suppress(RuntimeError):  # no thread can be started
@@ -1070,7 +1042,6 @@ class Connection(asyncio.Protocol):
                  "transport", "unsent")  # fmt: skip
     READING, ANSWERING, WRITING, LINGERING, CLOSED = range(5)
     head_seconds, idle_seconds, write_seconds, linger_seconds = 10.0, 75.0, 30.0, 2.0
-    most_refused = 8  # of those too many that are closed in two steps: the others would use up the descriptors
     receive_bytes = 16_384  # at a time
     buffered_bytes = 32_768  # behind the request that is being answered; then reading pauses
     transport: Any  # asyncio.Transport
@@ -1092,7 +1063,7 @@ class Connection(asyncio.Protocol):
         server.connections.add(self)
         server.clients += not self.internal
         if server.clients > (most := server.settings.max_connections) and not self.internal:
-            self.ended = server.clients > most + self.most_refused
+            self.ended = server.clients > most + SPARE_DESCRIPTORS // 8  # the others take no descriptor for longer
             self._answer(unavailable("too many connections", rejected="overloaded"))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -1527,10 +1498,10 @@ class Database:
         name = "get_any_replica" if replica else "get" if len(keys) == 1 else "get_multi"
         try:
             if replica:
-                with_timeout = GetAnyReplicaOptions(timeout=self.probe_timeout)
+                with_timeout = cbo.GetAnyReplicaOptions(timeout=self.probe_timeout)
                 results = {keys[0]: source.get_any_replica(keys[0], with_timeout)}
             elif len(keys) == 1:
-                results = {keys[0]: source.get(keys[0], *([GetOptions(**options)] if options else ()))}
+                results = {keys[0]: source.get(keys[0], *([cbo.GetOptions(**options)] if options else ()))}
             else:
                 answer = source.get_multi(keys, **options)  # exceptions are returned
                 results, errors = answer.results, {} if answer.all_ok else answer.exceptions
@@ -1548,12 +1519,12 @@ class Database:
     ) -> list[bytes]:
         """Return a read-only statement's rows as raw JSON; `adhoc` leaves it unprepared; raises what the SDK raises."""
         timeout = timedelta(seconds=max(0.01, self.query_timeout_seconds - waited_seconds))
-        options = QueryOptions(named_parameters=parameters, timeout=timeout, adhoc=adhoc, **self._query_options)
+        options = cbo.QueryOptions(named_parameters=parameters, timeout=timeout, adhoc=adhoc, **self._query_options)
         return list(self._scope.query(statement, options))
 
     def fetch_token(self) -> str:
         """Return the service's token; NoTokenError if it answers that there is none, else what the SDK raises."""
-        options = LookupInOptions(timeout=self.key_value_timeout)
+        options = cbo.LookupInOptions(timeout=self.key_value_timeout)
         try:
             found = self._collections[AUTH].lookup_in(TOKEN_KEY, [path_get(TOKEN_PATH)], options)
             token = json.loads(found.content_as[bytes](0))
@@ -1585,8 +1556,7 @@ class Database:
         except cb.InvalidArgumentException as error:
             raise FatalError(f"the SDK refuses COUCHBASE_HOST or its options: {describe(error)}") from error
         except cb.AuthenticationException as error:
-            refused = f"Couchbase refuses user {user!r}: check COUCHBASE_USER and COUCHBASE_PASSWORD"
-            raise FatalError(refused + settings.password_doubt) from error
+            raise FatalError(f"Couchbase refuses user {user!r}: check {settings.credentials}") from error
         except _TIMEOUTS as error:
             if doubt:
                 raise FatalError(doubt) from error
@@ -1630,13 +1600,13 @@ class Database:
 def open_cluster(settings: Settings) -> Any:
     """Connect to the cluster as the settings say; nothing of the SDK's own tracing, metrics or telemetry runs."""
     user = PasswordAuthenticator(settings.couchbase_user, settings.couchbase_password, settings.couchbase_tls_ca)
-    key_value = timedelta(milliseconds=settings.couchbase_timeout_ms)
+    kv = timedelta(milliseconds=settings.couchbase_timeout_ms)
     query = timedelta(milliseconds=settings.couchbase_query_timeout_ms)
-    timeouts = ClusterTimeoutOptions(kv_timeout=key_value, query_timeout=query, management_timeout=timedelta(seconds=5))
+    timeouts = cbo.ClusterTimeoutOptions(kv_timeout=kv, query_timeout=query, management_timeout=timedelta(seconds=5))
     options: dict[str, Any] = {"enable_tracing": False, "enable_metrics": False, "enable_app_telemetry": False}
     options |= {"network": settings.couchbase_network, "transcoder": _DocumentBytes(), "timeout_options": timeouts}
-    options |= {} if settings.couchbase_tls_verify else {"tls_verify": TLSVerifyMode.NONE}
-    return Cluster.connect(settings.connection_string, ClusterOptions(user, **options))
+    options |= {} if settings.couchbase_tls_verify else {"tls_verify": cbo.TLSVerifyMode.NONE}
+    return Cluster.connect(settings.connection_string, cbo.ClusterOptions(user, **options))
 
 
 def check_certificates(settings: Settings) -> str:
@@ -1761,8 +1731,7 @@ class Health:
     def __init__(self, database: Database, tokens: Tokens, log: Log, metrics: Metrics) -> None:
         self._database, self._tokens, self._log, self._metrics = database, tokens, log, metrics
         self._threads = ThreadPoolExecutor(2)  # for the check's own calls; started now, as later none may be left
-        both = threading.Barrier(2)
-        self._threads.submit(both.wait), self._threads.submit(both.wait)
+        self._threads.map(threading.Barrier(2).wait, [None] * 2)  # each waits for the other
         self.breaker, self.query_breaker, self.replica_breaker = (
             Breaker(functools.partial(self._tell, service)) for service in ("key-value", "query", "key-value replicas")
         )
@@ -2005,8 +1974,7 @@ class Log:
         elif level in self._levels:
             now = time.time()
             stamp = f"{timestamp(int(now))}.{int(now % 1 * 1000):03d}Z"
-            line = {"time": stamp, "level": level, "message": message, **details}
-            text = json.dumps(line, default=str)
+            text = json.dumps(line := {"time": stamp, "level": level, "message": message, **details}, default=str)
             if len(text) >= MAX_LINE_BYTES:
                 cut = {name: value[:200] if isinstance(value, str) else value for name, value in line.items()}
                 text = json.dumps(cut, default=str)[: MAX_LINE_BYTES - 1]
@@ -2015,9 +1983,8 @@ class Log:
 
     def seldom(self, level: str, message: str, **details: object) -> None:
         """Write an event that may come with every request, once in five seconds."""
-        now = time.monotonic()
-        if now >= self._said.get(message, -math.inf) + 5.0:
-            self._said[message] = now
+        if time.monotonic() > self._said.get(message, -math.inf) + 5.0:
+            self._said[message] = time.monotonic()
             self.event(level, message, **details)
 
     def requests(self, handlers: Sequence[ProfileHandler]) -> None:
@@ -2220,20 +2187,17 @@ _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[
 
 def trace_id(traceparent: str) -> str:
     """Return the trace id of a W3C traceparent, or nothing if it is none."""
-    found = _TRACEPARENT.fullmatch(traceparent)
-    return found[1] if found else ""
+    return found[1] if (found := _TRACEPARENT.fullmatch(traceparent)) else ""
 
 
 def find_tracer(log: Log) -> Any:
     """Return a tracer if this process has a provider of them, else None, with a warning if it ought to have one."""
-    why, trace = "opentelemetry-instrument has set nothing up", cast("Any", sys.modules.get("opentelemetry.trace"))
-    try:
+    trace: Any = sys.modules.get("opentelemetry.trace")
+    with contextlib.suppress(Exception):  # a variable names what is not installed: it has said so on stderr
         if trace and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             return trace.get_tracer("micro_svc_demo", __version__)
-    except Exception as error:  # a variable names what is not installed
-        why = describe(error)
     if "opentelemetry.instrumentation" in sys.modules:  # the command that starts programs with a provider
-        log.event("warning", "nothing is traced: check the OTEL_ variables and the packages that they name", error=why)
+        log.event("warning", "nothing is traced: check the OTEL_ variables and the packages that they name")
     return None
 
 

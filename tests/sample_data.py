@@ -399,8 +399,7 @@ class Provisioner:
             self._cluster = self._service.open_cluster(settings)
         except errors.AuthenticationException as error:
             raise ProvisionError(
-                f"Couchbase refuses user {settings.couchbase_user!r}: check COUCHBASE_USER and COUCHBASE_PASSWORD"
-                + settings.password_doubt
+                f"Couchbase refuses user {settings.couchbase_user!r}: check {settings.credentials}"
             ) from error
         except (errors.InvalidArgumentException, ValueError) as error:
             raise self._service.SettingsError(

@@ -114,10 +114,12 @@ class TestRefusals:
         advice = self.refused(settings_for(database) | {"COUCHBASE_PASSWORD": "marked-wrong"})
         assert advice.endswith("check COUCHBASE_USER and COUCHBASE_PASSWORD")
 
-    @pytest.mark.parametrize(("around", "named"), [(" ", "(it begins or ends with a blank)"), ('"', "in quotes")])
-    def test_password_with_something_around_it(self, database, around: str, named: str) -> None:
+    @pytest.mark.parametrize("around", [" ", '"'])
+    def test_password_with_something_around_it(self, database, around: str) -> None:
         advice = self.refused(settings_for(database) | {"COUCHBASE_PASSWORD": f"{around}{database.password}{around}"})
-        assert "check COUCHBASE_USER and COUCHBASE_PASSWORD (it " in advice and named in advice
+        assert advice.endswith(
+            "check COUCHBASE_USER and COUCHBASE_PASSWORD (it begins or ends with a blank or a quote)"
+        )
         assert database.password not in advice
 
     def test_missing_bucket(self, database) -> None:
