@@ -14,6 +14,14 @@ blocking call to Couchbase each and hand the result back to the loop. The way of
 
 from __future__ import annotations
 
+import os
+import signal
+
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+if __name__ == "__main__":  # before imports, which take long: a container's first process ignores what has no handler
+    for number in (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, (lambda *_: os._exit(0)) if number in STOP_SIGNALS else signal.SIG_IGN)
+
 import _thread
 import argparse
 import asyncio
@@ -29,14 +37,12 @@ import ipaddress
 import itertools
 import json
 import math
-import os
 import queue
 import random
 import re
 import resource
 import select
 import selectors
-import signal
 import socket
 import ssl
 import sys
@@ -55,18 +61,10 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 from urllib.parse import quote, unquote_to_bytes
 
 from couchbase import exceptions as cb
+from couchbase import options as cbo
 from couchbase.auth import PasswordAuthenticator
 from couchbase.cluster import Cluster
 from couchbase.n1ql import QueryScanConsistency
-from couchbase.options import (
-    ClusterOptions,
-    ClusterTimeoutOptions,
-    GetAnyReplicaOptions,
-    GetOptions,
-    LookupInOptions,
-    QueryOptions,
-    TLSVerifyMode,
-)
 from couchbase.serializer import Serializer
 from couchbase.subdocument import get as path_get
 from couchbase.transcoder import RawJSONTranscoder
@@ -114,7 +112,7 @@ def _file(text: str) -> str:
 
 _HOST = r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]"
 _HOSTS = rf"(?:{_HOST})(?::[0-9]{{1,5}})?(?:,(?:{_HOST})(?::[0-9]{{1,5}})?)*"
-_CLUSTER_TEXT = "host[:port], several with commas, or couchbase[s]://…"
+_CLUSTER_TEXT = "host[:port], several with commas, or couchbase[s]://..."
 _CLUSTER = _matching(rf"{_HOSTS}|couchbases?://{_HOSTS}/?(?:\?[!-~]*)?", _CLUSTER_TEXT)
 # It gets into a page and its policy: nothing that means something there.
 _ASSETS = _matching(rf"https?://(?:{_HOST})(?::[0-9]{{1,5}})?(?:/[A-Za-z0-9@._~-]+)*", "http[s]://host[:port][/path]")
@@ -163,6 +161,12 @@ class Settings:
         whole = "://" in self.couchbase_host
         return self.couchbase_host if whole else f"couchbase{'s' * self.couchbase_tls}://{self.couchbase_host}"
 
+    @property
+    def credentials(self) -> str:
+        """Name what to check where Couchbase refuses the user, and what looks like a mistake in the password."""
+        odd = self.couchbase_password != self.couchbase_password.strip().strip("'\"")
+        return f"COUCHBASE_USER and COUCHBASE_PASSWORD{' (it begins or ends with a blank or a quote)' * odd}"
+
 
 ROWS: list[dict[str, Any]] = [{"name": row.name, **row.metadata} for row in fields(Settings)]
 for setting in ROWS:
@@ -193,7 +197,7 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         if text is REQUIRED:
             raise SettingsError(f"{where} is missing; allowed: {row['allowed']}")
         try:
-            values[row["name"]] = None if text is None else row["parse"](text)
+            values[row["name"]] = None if text is None else row["parse"](text.encode().decode())  # UTF-8 only
         except (ValueError, KeyError, TypeError, OSError):
             shown = "its value is not allowed" if row["secret"] else f"{text[:60]!r} is not allowed"
             raise SettingsError(f"{where}: {shown}; allowed: {row['allowed']}") from None
@@ -207,10 +211,11 @@ def _with_password(settings: Settings) -> Settings:
         what = "set" if path else "missing"
         raise SettingsError(f"COUCHBASE_PASSWORD and COUCHBASE_PASSWORD_FILE are both {what}; allowed: one of the two")
     if path:
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(path, encoding="utf-8-sig", errors="replace") as file:
             password = file.read(4096).rstrip("\r\n")
-    if not password:
-        raise SettingsError("COUCHBASE_PASSWORD_FILE: no password in it; allowed: a readable file with a line of text")
+    if not password or re.search("[\0\ufffd]", password):
+        what = "not UTF-8 (UTF-16, perhaps)" if password else "no password in it"
+        raise SettingsError(f"COUCHBASE_PASSWORD_FILE: {what}; allowed: a readable file with a line of text")
     return replace(settings, couchbase_password=password)
 
 
@@ -243,9 +248,7 @@ def unavailable(detail: str, *, seconds: int = 1, rejected: str = "", **members:
 # but the store's `Get` and `Query`; `resume` steps it, once at the beginning and once for each result.
 
 JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+json", "text/html; charset=utf-8"
-CONTENT_POLICY = (
-    "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # opened as a page a picture may run nothing
-)
+CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # as a page a picture may run nothing
 ALLOW, REPLICA, MAX_KEY_BYTES = "Allow: GET, HEAD\r\n", "X-Couchbase-Replica: true\r\n", 246
 _REJECTED = {400: "malformed", 417: "malformed", 414: "too_large", 431: "too_large", 408: "too_slow"}
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -651,7 +654,7 @@ class ProfileServer(ThreadingHTTPServer):
         return socket.create_server(("", port), family=family, backlog=self.request_queue_size, dualstack_ipv6=both)
 
     def serve_forever(self, poll_interval: float = 1.0) -> None:
-        """Serve until drained (`shutdown`, SIGTERM or SIGINT); look at deadlines every `poll_interval` seconds."""
+        """Serve until drained (`shutdown`, or one of STOP_SIGNALS); look at deadlines every `poll_interval` seconds."""
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(EndOfTurn(self))) as runner:
             runner.run(self._serve(poll_interval))
 
@@ -710,7 +713,7 @@ class ProfileServer(ThreadingHTTPServer):
         """Log what goes wrong in the event loop, above all: no descriptor is left for a client."""
         message = "cannot accept" if "accept" in context["message"] else "event loop failure"
         error = describe(context["exception"]) if "exception" in context else context["message"]
-        self.log.event("error", message, error=error, connections=len(self.connections))
+        self.log.seldom("error", message, error=error, connections=len(self.connections))
 
     async def _keep_ready(self) -> None:
         """Connect and read the token, again and again until both work; then check now and then whether all is well."""
@@ -766,8 +769,8 @@ class ProfileServer(ThreadingHTTPServer):
 
 # ── Main: from the command line to the last answer ────────────────────────────────────────────────────────────────────
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_SECONDS = 0.6  # for which the end waits for the collector of traces, the SDK, and the log
+SPARE_DESCRIPTORS = 64  # for all but the clients: Couchbase, probes, clients that are refused
+EXIT_SECONDS = 0.5  # for which the end waits for the collector of traces, the SDK, and the log
 
 
 def backoff(low: float = 0.2, high: float = 5.0) -> Iterator[float]:
@@ -785,20 +788,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         print(f"micro_svc_demo: {error}", file=sys.stderr)
         return 2
+    hard, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[1], settings.max_connections
+    with contextlib.suppress(ValueError, OSError):  # the system allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    settings = replace(settings, max_connections=min(wanted, max(1, os.sysconf("SC_OPEN_MAX") - SPARE_DESCRIPTORS)))
     processor = Processor.pin(settings)  # before the first thread, as those inherit it
-    log, metrics = Log(settings.log_level, access=settings.access_log), Metrics()
     try:
+        log, metrics = Log(settings.log_level, access=settings.access_log), Metrics()
         server = ProfileServer(settings, ProfileStore(settings, log, metrics), log, metrics)
-    except OSError as error:
-        ports = f"SERVICE_PORT {settings.port} or METRICS_PORT {settings.metrics_port}"
-        print(f"micro_svc_demo: cannot listen on {ports}: {error.strerror}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:  # a port is in use; no thread can be started
+        ports = f"SERVICE_PORT {settings.port} and METRICS_PORT {settings.metrics_port}"
+        print(f"micro_svc_demo: cannot start with {ports}: {error}", file=sys.stderr)
         return 1
-    server.processor, server.tracer = processor, find_tracer()
     address, port, cluster = *server.server_address[:2], settings.connection_string
     metrics_port = server.metrics_socket.getsockname()[1] if server.metrics_socket else None
     listening = {"address": address, "port": port, "metrics_port": metrics_port, "cluster": cluster}
     listening |= {"bucket": settings.couchbase_bucket, "scope": settings.couchbase_scope, "threads": settings.threads}
     log.event("info", "listening", version=__version__, **listening)
+    server.processor, server.tracer = processor, find_tracer(log)
+    if (most := settings.max_connections) < wanted:
+        log.event("warning", "MAX_CONNECTIONS is more than the limit of open files (ulimit -n) lets in", clients=most)
     if not settings.couchbase_tls_verify:
         log.event("warning", "Couchbase's certificate is not verified: COUCHBASE_TLS_VERIFY is false")
     if cluster.startswith("couchbase:"):
@@ -806,12 +815,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.event("debug", "pinned to a processor", processor=processor and processor.pinned)
     gc.set_threshold(20_000)  # not for what a thousand clients keep in flight, as there is hardly any garbage
     server.serve_forever()
-    for listener in filter(None, (server.socket, server.metrics_socket)):
-        listener.close()
     for call in (stop_tracing, server.store.database.close):  # either may block
         closing = threading.Thread(target=call, daemon=True)
-        closing.start()
-        closing.join(EXIT_SECONDS)
+        with contextlib.suppress(RuntimeError):  # no thread can be started
+            closing.start()
+            closing.join(EXIT_SECONDS)
     log.event("info", "stopped")
     log.close(EXIT_SECONDS)
     return 1 if server.failure else 0
@@ -1054,7 +1062,8 @@ class Connection(asyncio.Protocol):
         self.address = peer[0].removeprefix("::ffff:") if peer else ""  # it may be gone already
         server.connections.add(self)
         server.clients += not self.internal
-        if server.clients > server.settings.max_connections and not self.internal:
+        if server.clients > (most := server.settings.max_connections) and not self.internal:
+            self.ended = server.clients > most + SPARE_DESCRIPTORS // 8  # the others take no descriptor for longer
             self._answer(unavailable("too many connections", rejected="overloaded"))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -1140,7 +1149,8 @@ class Connection(asyncio.Protocol):
             if self.ended or not self.transport.can_write_eof():
                 self.transport.close()
             else:
-                self.transport.write_eof()
+                with contextlib.suppress(OSError):  # the client has gone
+                    self.transport.write_eof()
                 self.transport.resume_reading()
         elif self.framer.partial:  # not at once, as each of a thousand pipelined requests would be a call deeper
             self.state, self.deadline = self.ANSWERING, math.inf
@@ -1239,7 +1249,7 @@ class Pool:
             try:  # not a `threading.Thread`: to start one waits until it runs, and the event loop has no time for that
                 _thread.start_new_thread(self._work, (jobs, asyncio.get_running_loop()))
             except RuntimeError as error:
-                self._log.event("error", "no thread can be started", error=describe(error))
+                self._log.seldom("error", "no thread can be started", error=describe(error))
                 return job.finish(unavailable("overloaded: no thread can be started", rejected="overloaded"))
         self.free -= 1
         return jobs.put(job)
@@ -1488,10 +1498,10 @@ class Database:
         name = "get_any_replica" if replica else "get" if len(keys) == 1 else "get_multi"
         try:
             if replica:
-                with_timeout = GetAnyReplicaOptions(timeout=self.probe_timeout)
+                with_timeout = cbo.GetAnyReplicaOptions(timeout=self.probe_timeout)
                 results = {keys[0]: source.get_any_replica(keys[0], with_timeout)}
             elif len(keys) == 1:
-                results = {keys[0]: source.get(keys[0], *([GetOptions(**options)] if options else ()))}
+                results = {keys[0]: source.get(keys[0], *([cbo.GetOptions(**options)] if options else ()))}
             else:
                 answer = source.get_multi(keys, **options)  # exceptions are returned
                 results, errors = answer.results, {} if answer.all_ok else answer.exceptions
@@ -1509,12 +1519,12 @@ class Database:
     ) -> list[bytes]:
         """Return a read-only statement's rows as raw JSON; `adhoc` leaves it unprepared; raises what the SDK raises."""
         timeout = timedelta(seconds=max(0.01, self.query_timeout_seconds - waited_seconds))
-        options = QueryOptions(named_parameters=parameters, timeout=timeout, adhoc=adhoc, **self._query_options)
+        options = cbo.QueryOptions(named_parameters=parameters, timeout=timeout, adhoc=adhoc, **self._query_options)
         return list(self._scope.query(statement, options))
 
     def fetch_token(self) -> str:
         """Return the service's token; NoTokenError if it answers that there is none, else what the SDK raises."""
-        options = LookupInOptions(timeout=self.key_value_timeout)
+        options = cbo.LookupInOptions(timeout=self.key_value_timeout)
         try:
             found = self._collections[AUTH].lookup_in(TOKEN_KEY, [path_get(TOKEN_PATH)], options)
             token = json.loads(found.content_as[bytes](0))
@@ -1546,7 +1556,7 @@ class Database:
         except cb.InvalidArgumentException as error:
             raise FatalError(f"the SDK refuses COUCHBASE_HOST or its options: {describe(error)}") from error
         except cb.AuthenticationException as error:
-            raise FatalError(f"Couchbase refuses user {user!r}: check COUCHBASE_USER and COUCHBASE_PASSWORD") from error
+            raise FatalError(f"Couchbase refuses user {user!r}: check {settings.credentials}") from error
         except _TIMEOUTS as error:
             if doubt:
                 raise FatalError(doubt) from error
@@ -1590,13 +1600,13 @@ class Database:
 def open_cluster(settings: Settings) -> Any:
     """Connect to the cluster as the settings say; nothing of the SDK's own tracing, metrics or telemetry runs."""
     user = PasswordAuthenticator(settings.couchbase_user, settings.couchbase_password, settings.couchbase_tls_ca)
-    key_value = timedelta(milliseconds=settings.couchbase_timeout_ms)
+    kv = timedelta(milliseconds=settings.couchbase_timeout_ms)
     query = timedelta(milliseconds=settings.couchbase_query_timeout_ms)
-    timeouts = ClusterTimeoutOptions(kv_timeout=key_value, query_timeout=query, management_timeout=timedelta(seconds=5))
+    timeouts = cbo.ClusterTimeoutOptions(kv_timeout=kv, query_timeout=query, management_timeout=timedelta(seconds=5))
     options: dict[str, Any] = {"enable_tracing": False, "enable_metrics": False, "enable_app_telemetry": False}
     options |= {"network": settings.couchbase_network, "transcoder": _DocumentBytes(), "timeout_options": timeouts}
-    options |= {} if settings.couchbase_tls_verify else {"tls_verify": TLSVerifyMode.NONE}
-    return Cluster.connect(settings.connection_string, ClusterOptions(user, **options))
+    options |= {} if settings.couchbase_tls_verify else {"tls_verify": cbo.TLSVerifyMode.NONE}
+    return Cluster.connect(settings.connection_string, cbo.ClusterOptions(user, **options))
 
 
 def check_certificates(settings: Settings) -> str:
@@ -1720,7 +1730,8 @@ class Health:
 
     def __init__(self, database: Database, tokens: Tokens, log: Log, metrics: Metrics) -> None:
         self._database, self._tokens, self._log, self._metrics = database, tokens, log, metrics
-        self._threads = ThreadPoolExecutor(2)  # for the check's own calls
+        self._threads = ThreadPoolExecutor(2)  # for the check's own calls; started now, as later none may be left
+        self._threads.map(threading.Barrier(2).wait, [None] * 2)  # each waits for the other
         self.breaker, self.query_breaker, self.replica_breaker = (
             Breaker(functools.partial(self._tell, service)) for service in ("key-value", "query", "key-value replicas")
         )
@@ -1952,6 +1963,7 @@ class Log:
             self._descriptor = os.open(os.devnull, os.O_WRONLY)
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._put_bytes = self._written_bytes = 0  # each is changed by one thread only
+        self._said: dict[str, float] = {}  # by `seldom`, and when, in monotonic seconds
         self._writer = threading.Thread(target=self._write_all, daemon=True)
         self._writer.start()
 
@@ -1962,13 +1974,18 @@ class Log:
         elif level in self._levels:
             now = time.time()
             stamp = f"{timestamp(int(now))}.{int(now % 1 * 1000):03d}Z"
-            line = {"time": stamp, "level": level, "message": message, **details}
-            text = json.dumps(line, default=str)
+            text = json.dumps(line := {"time": stamp, "level": level, "message": message, **details}, default=str)
             if len(text) >= MAX_LINE_BYTES:
                 cut = {name: value[:200] if isinstance(value, str) else value for name, value in line.items()}
                 text = json.dumps(cut, default=str)[: MAX_LINE_BYTES - 1]
             self._put_bytes += len(text) + 1  # JSON is ASCII here
             self._lines.put(f"{text}\n".encode())
+
+    def seldom(self, level: str, message: str, **details: object) -> None:
+        """Write an event that may come with every request, once in five seconds."""
+        if time.monotonic() > self._said.get(message, -math.inf) + 5.0:
+            self._said[message] = time.monotonic()
+            self.event(level, message, **details)
 
     def requests(self, handlers: Sequence[ProfileHandler]) -> None:
         """Write a line for each answered request; every value is from a closed set, or its characters were checked."""
@@ -2170,15 +2187,18 @@ _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[
 
 def trace_id(traceparent: str) -> str:
     """Return the trace id of a W3C traceparent, or nothing if it is none."""
-    found = _TRACEPARENT.fullmatch(traceparent)
-    return found[1] if found else ""
+    return found[1] if (found := _TRACEPARENT.fullmatch(traceparent)) else ""
 
 
-def find_tracer() -> Any:
-    """Return a tracer if this process has a provider of them, else None."""
+def find_tracer(log: Log) -> Any:
+    """Return a tracer if this process has a provider of them, else None, with a warning if it ought to have one."""
     trace: Any = sys.modules.get("opentelemetry.trace")
-    found = trace and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
-    return trace.get_tracer("micro_svc_demo", __version__) if found else None
+    with contextlib.suppress(Exception):  # a variable names what is not installed: it has said so on stderr
+        if trace and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+            return trace.get_tracer("micro_svc_demo", __version__)
+    if "opentelemetry.instrumentation" in sys.modules:  # the command that starts programs with a provider
+        log.event("warning", "nothing is traced: check the OTEL_ variables and the packages that they name")
+    return None
 
 
 def stop_tracing() -> None:

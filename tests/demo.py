@@ -202,8 +202,8 @@ class Demo:
         command = ["-m", "tests.sample_data", f"--profiles={profiles}", f"--seed={seed}"]
         seconds = START_SECONDS + profiles / RECORDS_A_SECOND
         with Child("sample data", command, settings | given, self._events) as filler:
-            token = self._line_of(filler, bool, seconds)
-            self._line_of(filler, lambda line: not line)  # its end
+            token = self._arguments.token or self._line_of(filler, bool, seconds)
+            self._line_of(filler, lambda line: not line, seconds)  # its end
         return token
 
     def _service(self, settings: dict[str, str]) -> Child:

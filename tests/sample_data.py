@@ -265,6 +265,10 @@ SCHEMA_SECONDS: Final = 60.0  # until a new scope, collection or index is known 
 OPERATION_SECONDS: Final = 10.0
 WRITE_TRIES: Final = 8  # with the service's back-off from 0.1 s: about 10 s in all
 REPORT_SECONDS: Final = 5.0
+PASSING_CODES: Final = {1080, 1191, 1192, 1193, 1194, 12003, 12021}
+"""Of the query service: too slow or too busy, and a keyspace or scope that it does not know yet."""
+PASSING_TEXT: Final = re.compile("retr(?:y|ied)|in progress|transient", re.IGNORECASE)
+"""How its other refusals tell that they are not for good, such as that of an index service that is starting."""
 MAX_SHOWN: Final = 300  # characters of an SDK's error
 
 
@@ -328,7 +332,8 @@ def read_plan(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Plan, Se
         prog="sample_data",
         description="Create the schema and generated profiles in the cluster that the COUCHBASE_* settings name.",
         epilog="COUCHBASE_PASSWORD or COUCHBASE_PASSWORD_FILE is the password. The bucket must exist. What is there"
-        " already is written again; the token is kept unless one is given. It prints the token, and nothing else.",
+        " already is written again; the token is kept unless one is given. It prints a token that it has made up, and"
+        " nothing else.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -394,7 +399,7 @@ class Provisioner:
             self._cluster = self._service.open_cluster(settings)
         except errors.AuthenticationException as error:
             raise ProvisionError(
-                f"Couchbase refuses user {settings.couchbase_user!r}: check COUCHBASE_USER and COUCHBASE_PASSWORD"
+                f"Couchbase refuses user {settings.couchbase_user!r}: check {settings.credentials}"
             ) from error
         except (errors.InvalidArgumentException, ValueError) as error:
             raise self._service.SettingsError(
@@ -460,13 +465,13 @@ class Provisioner:
                 self._patiently(lambda: self._scope.query(statement, timeout=limit).execute())  # noqa: B023 - called at once
                 manager.watch_indexes([name], timeout=limit)
 
-    def put_token(self, token: str | None) -> str:
-        """Store the token; with None keep the one that is there, or make one. Return which it is."""
-        collection = self._scope.collection(AUTH)
+    def put_token(self, token: str | None) -> str | None:
+        """Store the token; with None keep the one that is there, or make one up. Return it if it is made up."""
+        collection, made = self._scope.collection(AUTH), None
         with self._explained(f"store the token in {TOKEN_KEY!r}", "the roles Data Reader and Data Writer"):
-            token = token or self._kept_token(collection) or secrets.token_urlsafe(32)
+            token = token or self._kept_token(collection) or (made := secrets.token_urlsafe(32))
             collection.upsert(TOKEN_KEY, encode({"token": token}))
-        return token
+        return made
 
     def _kept_token(self, collection: Any) -> str | None:
         """Return the token that is there already, if the service can use it."""
@@ -495,28 +500,30 @@ class Provisioner:
                 if not failures:
                     return
                 left = {key: left[key] for key in failures}
-                if any(isinstance(failure, self._hopeless) for failure in failures.values()):
+                if any(map(self._is_hopeless, failures.values())):
                     break
                 time.sleep(delay)
             key, failure = next(iter(failures.items()))
-            if isinstance(failure, self._hopeless):
+            if self._is_hopeless(failure):
                 raise failure
         raise ProvisionError(
             f"{len(left)} of {len(documents)} documents could not be written in {WRITE_TRIES} tries, such as {key!r}: "
             + self._shown(failure)
         )
 
-    @property
-    def _hopeless(self) -> tuple[type[Exception], ...]:
-        """What trying again cannot cure."""
-        errors = self._errors
-        return (
+    def _is_hopeless(self, error: Exception) -> bool:
+        """Tell whether trying again cannot cure it."""
+        errors, context = self._errors, self._service.error_context(error)
+        code, text = context.get("first_error_code"), str(context.get("first_error_message"))
+        refused = code and code not in PASSING_CODES and not PASSING_TEXT.search(text)
+        hopeless = (
             errors.AuthenticationException,
             errors.InvalidArgumentException,
             errors.ParsingFailedException,
             errors.ServiceUnavailableException,
             errors.FeatureUnavailableException,
         )
+        return bool(refused) or isinstance(error, hopeless)
 
     def _patiently(self, action: Callable[[], object]) -> None:
         """Do it again until it works: nodes get to know what is new one after the other."""
@@ -524,10 +531,8 @@ class Provisioner:
         for delay in self._service.backoff():
             try:
                 action()
-            except self._hopeless:
-                raise
-            except self._errors.CouchbaseException:
-                if time.monotonic() + delay > deadline:
+            except self._errors.CouchbaseException as error:
+                if self._is_hopeless(error) or time.monotonic() + delay > deadline:
                     raise
                 time.sleep(delay)
             else:
@@ -570,8 +575,8 @@ def _reported(batches: Iterator[range], total: int) -> Iterator[range]:
                 print(f"sample_data: {done:,} of {total:,} profiles", file=sys.stderr, flush=True)
 
 
-def provision(plan: Plan, settings: Settings) -> str:
-    """Create the schema and everything that the plan says; return the service's token.
+def provision(plan: Plan, settings: Settings) -> str | None:
+    """Create the schema and everything that the plan says; return the service's token if it had to be made up.
 
     Raises:
         ProvisionError: It cannot be done; what had been done stays, and doing it again completes it.
@@ -601,9 +606,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sample_data: interrupted; run again, it completes what is missing", file=sys.stderr)
         return 130
     where = f"{settings.couchbase_bucket}.{settings.couchbase_scope}"
-    follows = "; the service's token:" if sys.stdout.isatty() else ""
+    follows = "; the service's token:" if token and sys.stdout.isatty() else ""
     print(f"sample_data: {plan.profiles:,} profiles and pictures are in {where}{follows}", file=sys.stderr, flush=True)
-    print(token)
+    if token:
+        print(token)
     return 0
 
 

@@ -1,16 +1,22 @@
 """Bulkheads: frozen queries cost documents nothing, nobody queues for long, one failing document holds up no other."""
 
+import contextlib
 import itertools
+import os
+import re
+import signal
 import statistics
+import subprocess
+import sys
 import time
 from typing import NamedTuple
 
 import micro_svc_demo
 from tests.chaos.clients import Load, ask_at_once, by_status, wait_until
-from tests.chaos.conftest import TOKEN
+from tests.chaos.conftest import SHORT, TOKEN
 from tests.emulator.process import EmulatorProcess
-from tests.load.clients import threads
-from tests.service import ServiceProcess, settings_for
+from tests.load.clients import Conversation, request, threads
+from tests.service import ROOT, ServiceProcess, settings_for
 
 IDS = [f"/api/v1/id/{number}" for number in range(1, 101)]
 LOOKUP = "/api/v1/nickname/nobody"
@@ -19,6 +25,7 @@ PATIENCE_SECONDS = 0.25
 SLICE_SECONDS, SETTLE_SECONDS = 0.6, 0.2
 SLICES_AT_MOST, ENOUGH_ANSWERS = 10, 100
 ROUNDS = 9
+TOO_MANY = "MAX_CONNECTIONS is more than the limit of open files (ulimit -n) lets in"
 
 
 class Slice(NamedTuple):
@@ -143,3 +150,83 @@ def test_threads_for_trouble_end_when_it_is_over(database: EmulatorProcess) -> N
         # one more: the background check has had a second thread for looking at vBuckets
         wait_until(lambda: threads(pid) <= calm + 1, micro_svc_demo.Pool.idle_seconds + 20, "the threads' end")
         assert service.get(IDS[0], TOKEN).status == 200
+
+
+WITHOUT_THREADS = """
+import _thread, os, signal, sys, threading
+import micro_svc_demo
+
+def refuse(*_, **__):
+    raise RuntimeError("can't start new thread")
+
+def from_now_on(*_):
+    _thread.start_new_thread = refuse
+    for name in ("_start_new_thread", "_start_joinable_thread"):  # the second from Python 3.13 on
+        setattr(threading, name, refuse)
+    print("none", file=sys.stderr, flush=True)
+
+signal.signal(signal.SIGUSR1, from_now_on)
+if sys.argv[1:]:
+    from_now_on()
+os._exit(micro_svc_demo.main([]))
+"""
+
+
+def test_no_thread_can_be_started_in_an_outage(database: EmulatorProcess) -> None:
+    """Requests are refused where one is needed, the log says so once in five seconds, and all goes on."""
+    service = ServiceProcess(settings_for(database) | SHORT)
+    service.command = ("-c", WITHOUT_THREADS)
+    with service:
+        assert by_status(ask_at_once(service.port, IDS[:40], TOKEN)) == {200: 40}
+        service.process.send_signal(signal.SIGUSR1)
+        assert service.process.stderr is not None and service.process.stderr.readline() == "none\n"
+        database.fault("freeze", service="kv")
+        started = time.monotonic()
+        answers = [answer for _ in range(4) for answer in ask_at_once(service.port, [*IDS[:40], LOOKUP], TOKEN)]
+        assert by_status(answers).keys() == {503, 504}
+        assert any(b"no thread can be started" in answer.body for answer in answers)
+        database.clear()
+        wait_until(lambda: service.get("/readyz").status == 200, 20, "ready")
+        wait_until(lambda: service.get(IDS[0], TOKEN).status == 200, 20, "documents are back")
+        seconds = time.monotonic() - started
+        assert service.stop() == 0
+    lines = [line for line in service.lines if line["message"] == "no thread can be started"]
+    assert 1 <= len(lines) <= 1 + seconds / 5
+
+
+def test_no_thread_can_be_started_at_the_start(database: EmulatorProcess) -> None:
+    command = [sys.executable, "-c", WITHOUT_THREADS, "none"]
+    ports = {"SERVICE_PORT": "0", "METRICS_PORT": "0"}
+    environment = os.environ | settings_for(database) | ports
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch("none\nmicro_svc_demo: cannot start with [^\n]*can't start new thread\n", ended.stderr)
+
+
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 200))
+os.execv(sys.executable, [sys.executable, "micro_svc_demo.py"])
+"""
+
+
+def test_clients_leave_descriptors_for_probes(database: EmulatorProcess) -> None:
+    """The soft limit is raised to the hard one, and MAX_CONNECTIONS lowered below that: who comes then gets 503."""
+    service = ServiceProcess(settings_for(database))
+    service.command = ("-c", LIMITED)
+    head = request("/healthz", "")
+    with service, contextlib.ExitStack() as held:
+        assert service.wait_for(TOO_MANY)["clients"] == 136
+        statuses = []
+        for _ in range(400):
+            client = held.enter_context(Conversation(service.port))
+            client.send(head)
+            with contextlib.suppress(ConnectionResetError):
+                statuses.append(client.answer().status)
+            if len(statuses) % 40 == 0:
+                asked = time.monotonic()
+                assert service.get("/readyz", port=service.metrics_port).status == 200
+                assert time.monotonic() - asked < 1
+        assert statuses.count(200) == 136
+        assert statuses.count(503) > 8
+    assert [line for line in service.lines if line["level"] == "error"] == []

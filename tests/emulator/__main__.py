@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--second-user", type=name, metavar="USER", help="who else may sign in, and do what --roles says"
     )
-    flags.add_argument("--roles", type=roles, metavar="ROLE,…", help="such as data_reader[bucket:scope:collection]")
+    flags.add_argument("--roles", type=roles, metavar="ROLE,...", help="such as data_reader[bucket:scope:collection]")
     flags.add_argument("--bucket", type=name, help="the bucket's name")
     flags.add_argument("--token", help="the token of the service; random by default")
     flags.add_argument("--profiles", type=whole_number(0, MAX_PROFILES), metavar="N", help="how many sample profiles")

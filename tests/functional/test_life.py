@@ -1,5 +1,6 @@
 """From start to stop: probes while Couchbase is not there, helpful refusals, token rotation, drain."""
 
+import contextlib
 import http.client
 import os
 import signal
@@ -111,7 +112,15 @@ class TestRefusals:
 
     def test_wrong_password(self, database) -> None:
         advice = self.refused(settings_for(database) | {"COUCHBASE_PASSWORD": "marked-wrong"})
-        assert "COUCHBASE_PASSWORD" in advice
+        assert advice.endswith("check COUCHBASE_USER and COUCHBASE_PASSWORD")
+
+    @pytest.mark.parametrize("around", [" ", '"'])
+    def test_password_with_something_around_it(self, database, around: str) -> None:
+        advice = self.refused(settings_for(database) | {"COUCHBASE_PASSWORD": f"{around}{database.password}{around}"})
+        assert advice.endswith(
+            "check COUCHBASE_USER and COUCHBASE_PASSWORD (it begins or ends with a blank or a quote)"
+        )
+        assert database.password not in advice
 
     def test_missing_bucket(self, database) -> None:
         advice = self.refused(settings_for(database) | {"COUCHBASE_BUCKET": "nowhere"})
@@ -209,10 +218,11 @@ class TestToken:
 
 
 class TestDrain:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_running_requests_finish(self, clean_faults: EmulatorProcess, number: int) -> None:
         """A request that is under way when the signal comes is answered, with Connection: close; exit code 0."""
         own = clean_faults
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` may have started these tests
         with ServiceProcess(settings_for(own)) as service:
             own.fault("latency", ms=700, operation="get")
             before = own.stats()["operations"].get("get", 0)
@@ -228,6 +238,35 @@ class TestDrain:
             assert service.process.wait(20) == 0
             with pytest.raises(OSError, match="refused"):
                 socket.create_connection(("127.0.0.1", service.port), timeout=5).close()
+
+    def test_signals_of_no_meaning_are_ignored(self, database) -> None:
+        """So is SIGHUP where `nohup` starts it."""
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            service = ServiceProcess(settings_for(database)).start()
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)) as client:
+            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+                service.process.send_signal(number)
+                client.request("GET", "/healthz")
+                response = client.getresponse()
+                assert (response.read(), response.getheader("Connection")) == (b'{"status": "alive"}', None)
+        assert service.stop() == 0
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    def test_a_signal_while_it_is_still_being_imported(self, tmp_path, number: int) -> None:
+        """It ends at once, with exit code 0, having a handler: without one a container's first process goes on."""
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        (tmp_path / "couchbase.py").write_text("print('importing', flush=True); input()")
+        service = ServiceProcess({"PYTHONPATH": str(tmp_path)})
+        command = [sys.executable, *service.command]
+        with subprocess.Popen(
+            command, env=service.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"importing\n"
+            process.send_signal(number)
+            assert process.wait(20) == 0
 
     def test_idle_connections_are_told_or_closed(self, database) -> None:
         """An idle keep-alive connection that asks once more is served; one that stays silent is closed."""

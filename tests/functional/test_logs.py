@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -107,8 +108,8 @@ def test_client_is_the_last_forwarded_by_a_trusted_proxy(database, trusted: str,
 
 
 @contextlib.contextmanager
-def writing_to(output: int | None, database, port: int = 0) -> Iterator[ServiceProcess]:
-    """Run a service whose standard output is a descriptor, or closed; it ends in good time in any case."""
+def writing_to(output: Any, database, port: int = 0) -> Iterator[ServiceProcess]:
+    """Run a service whose standard output is a file, or closed (None); it ends in good time in any case."""
     service = ServiceProcess(settings_for(database) | {"SERVICE_PORT": str(port)})
     command = [sys.executable, *service.command]
     if output is None:
@@ -143,7 +144,8 @@ def test_a_log_that_nobody_reads_stops_nobody(database, kind: str) -> None:
     os.close(writing)
 
 
-def test_without_any_output_requests_are_answered_as_ever(database) -> None:
+@pytest.mark.parametrize("path", [None, "/dev/full"], ids=["closed", "full"])
+def test_without_any_output_requests_are_answered_as_ever(database, path: str | None) -> None:
     """No line gets into an answer, either: a socket may have the number that the standard output had."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -152,7 +154,8 @@ def test_without_any_output_requests_are_answered_as_ever(database) -> None:
         with socket.socket() as stream:
             return stream.connect_ex(("127.0.0.1", port)) == 0
 
-    with writing_to(None, database, port) as service:
+    output = open(path, "wb") if path else contextlib.nullcontext()  # noqa: SIM115
+    with output as file, writing_to(file, database, port) as service:
         wait_until(listens, 20, "it listens")
         service.port = port
         service.wait_until_ready()

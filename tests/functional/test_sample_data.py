@@ -115,7 +115,9 @@ def token_in(cluster: Cluster, emulator: EmulatorProcess) -> str:
     return token
 
 
-def test_the_token_is_all_of_standard_output(first: Run, cluster: Cluster, emulator: EmulatorProcess) -> None:
+def test_a_token_that_it_made_up_is_all_of_standard_output(
+    first: Run, cluster: Cluster, emulator: EmulatorProcess
+) -> None:
     """So that `TOKEN=$(python -m tests.sample_data)` works; it is the one that is stored."""
     assert first.code == 0, first.error
     assert re.fullmatch(r"[A-Za-z0-9_-]{43}\n", first.out)
@@ -160,21 +162,23 @@ def test_a_second_run_keeps_the_token(
     """It does no harm otherwise: the same records are there."""
     before = documents(cluster, emulator, USERS)
     second = provision(settings, f"--profiles={PROFILES}", f"--seed={SEED}")
-    assert second == (0, first.out, first.error)
+    assert second == (0, "", first.error)
     assert documents(cluster, emulator, USERS) == before
+    assert token_in(cluster, emulator) == first.out.strip()
 
 
 def test_a_given_token_is_stored_and_kept(
     settings: dict[str, str], cluster: Cluster, emulator: EmulatorProcess
 ) -> None:
-    """A flag or the environment gives it; the run after that keeps it."""
+    """A flag or the environment gives it; the run after that keeps it; it is shown to nobody."""
     for given, arguments, token in (
         ({}, ["--token=by-flag"], "by-flag"),
         ({"SAMPLE_TOKEN": "by-environment"}, [], "by-environment"),
         ({}, [], "by-environment"),
     ):
         run = provision(settings | given, "--profiles=0", *arguments)
-        assert (run.code, run.out) == (0, f"{token}\n")
+        assert (run.code, run.out) == (0, "")
+        assert token not in run.error
         assert token_in(cluster, emulator) == token
 
 
@@ -213,8 +217,48 @@ def test_missing_permission_is_one_line(first: Run, settings: dict[str, str], em
 
 
 @pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (5000, "GSI CreateIndex() - cause: Fails to create index. Memory quota is not enough."),
+        (4000, "the index is not supported by this edition"),
+        (10000, "authorization failed"),
+        (12014, "the index is invalid"),
+    ],
+)
+def test_an_index_that_is_refused_for_good_is_said_at_once(
+    first: Run, settings: dict[str, str], emulator: EmulatorProcess, code: int, message: str
+) -> None:
+    """In one line, with the server's reason; a second try would not be refused."""
+    emulator.fault("query_error", code=code, msg=message, count=1)
+    try:
+        run = provision(settings, "--profiles=1")
+    finally:
+        emulator.clear()
+    assert (run.code, run.out) == (1, "")
+    assert re.fullmatch(rf"sample_data: cannot create index .*{re.escape(message)}.*\n", run.error)
+
+
+def test_an_index_that_is_refused_for_a_while_is_waited_for(
+    first: Run, settings: dict[str, str], emulator: EmulatorProcess
+) -> None:
+    """A node that does not know the collection yet, and an index service that starts."""
+    starts = "Index Service can be in bootstrap. Please retry the operation at a later time."
+    emulator.fault("query_error", code=12003, msg="Keyspace not found", http_status=404, count=2)
+    emulator.fault("query_error", code=5000, msg=starts, http_status=500, count=2)
+    try:
+        run = provision(settings, "--profiles=1")
+    finally:
+        emulator.clear()
+    assert (run.code, run.out) == (0, "")
+
+
+@pytest.mark.parametrize(
     ("changed", "line"),
     [
+        (
+            {"COUCHBASE_PASSWORD": "'wrong'"},
+            r"Couchbase refuses user 'demo': check COUCHBASE_USER and COUCHBASE_PASSWORD \(it .* a quote\)",
+        ),
         (
             {"COUCHBASE_PASSWORD": "wrong"},
             r"Couchbase refuses user 'demo': check COUCHBASE_USER and COUCHBASE_PASSWORD",

@@ -53,10 +53,10 @@ def parser() -> OneLineParser:
     size.add_argument("--quick", action="store_true", help="1 s each, once, the most telling scenarios, three services")
     size.add_argument("--full", action="store_true", help="5 s each, five times, and --grid and --growth")
     flags.add_argument(
-        "--services", type=several(list(TITLES)), metavar="NAME,…", help=f"which of {', '.join(TITLES)}; default: all"
+        "--services", type=several(list(TITLES)), metavar="NAME,...", help=f"which of {', '.join(TITLES)}; default: all"
     )
     flags.add_argument(
-        "--only", type=several(NAMES), metavar="NAME,…", help=f"which scenarios; default: all of {', '.join(NAMES)}"
+        "--only", type=several(NAMES), metavar="NAME,...", help=f"which scenarios; default: all of {', '.join(NAMES)}"
     )
     flags.add_argument("--seconds", type=whole_number(1, 600), metavar="N", help="how long each measurement takes")
     flags.add_argument("--repeat", type=whole_number(1, 100), metavar="N", help="how many rounds")
@@ -67,7 +67,7 @@ def parser() -> OneLineParser:
         metavar="N",
         help="seconds of load before measuring; default 1",
     )
-    flags.add_argument("--grid", action="store_true", help="also document workers × batch sizes, by database latency")
+    flags.add_argument("--grid", action="store_true", help="also document workers x batch sizes, by database latency")
     flags.add_argument(
         "--growth", action="store_true", help="also 10 to 5,000 connections, 1,000 to 1,000,000 documents"
     )

@@ -72,6 +72,7 @@ def test_connection_string(environ: dict[str, str], connection_string: str) -> N
         ("COUCHBASE_HOST", "db host"),
         ("COUCHBASE_HOST", "couchbase://user:secret@db"),
         ("COUCHBASE_USER", "a\nb"),
+        ("COUCHBASE_USER", "a\udcff"),  # what Python makes of bytes that are not UTF-8
         ("COUCHBASE_BUCKET", "a/b"),
         ("COUCHBASE_SCOPE", "a`b"),
         ("COUCHBASE_TLS", "maybe"),
@@ -110,17 +111,40 @@ def test_missing_value_is_named(missing: str) -> None:
 
 
 def test_password_file(tmp_path) -> None:
-    """The file's one line is the password; both sources at once, an empty file and bad bytes are refused."""
+    """The file's one line is the password, without a BOM; both sources at once, no text, and UTF-16 are refused."""
     environ = {"COUCHBASE_HOST": "db", "COUCHBASE_USER": "u"}
     secret = tmp_path / "password"
     secret.write_text("s3cret \n")
     assert service.read_settings([], environ | {"COUCHBASE_PASSWORD_FILE": str(secret)}).couchbase_password == "s3cret "
     with pytest.raises(service.SettingsError, match="both set"):
         read(COUCHBASE_PASSWORD_FILE=str(secret))
-    for content in (b"", b"\n", b"\xff\xfe"):
-        secret.write_bytes(content)
-        with pytest.raises(service.SettingsError, match="no password in it"):
-            service.read_settings([], environ | {"COUCHBASE_PASSWORD_FILE": str(secret)})
+    secret.write_bytes("sécret\r\n".encode("utf-8-sig"))
+    assert service.read_settings([], environ | {"COUCHBASE_PASSWORD_FILE": str(secret)}).couchbase_password == "sécret"
+    no_text = (b"", b"\n", "\n".encode("utf-8-sig"))
+    other = [b"\xff\xfe", "sécret".encode("latin-1"), *("secret\n".encode(code) for code in ("utf-16", "utf-16-le"))]
+    for contents, reason in ((no_text, "no password in it"), (other, "not UTF-8 .UTF-16, perhaps")):
+        for content in contents:
+            secret.write_bytes(content)
+            with pytest.raises(service.SettingsError, match=reason) as raised:
+                service.read_settings([], environ | {"COUCHBASE_PASSWORD_FILE": str(secret)})
+            assert "cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("password", "doubted"),
+    [
+        ("marked", False),
+        ("mar ked", False),
+        ("mar\"k'ed", False),
+        (" marked", True),
+        ("marked\r", True),
+        ("'marked'", True),
+        ('"marked" ', True),
+    ],
+)
+def test_what_looks_like_a_mistake_in_the_password_is_named(password: str, doubted: bool) -> None:
+    doubt = " (it begins or ends with a blank or a quote)" if doubted else ""
+    assert read(COUCHBASE_PASSWORD=password).credentials == f"COUCHBASE_USER and COUCHBASE_PASSWORD{doubt}"
 
 
 def test_password_is_not_repeated_in_an_error() -> None:
@@ -157,6 +181,22 @@ def test_command_line_says_one_line_and_exits_2() -> None:
         assert ended.stdout == ""
         assert ended.stderr.count("\n") == 1
         assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["micro_svc_demo", "tests.demo", "tests.sample_data", "tests.emulator", "tests.load"]
+)
+def test_help_is_ascii(module: str) -> None:
+    """So that it is printed in every locale."""
+    command = [sys.executable, "-m", module, "--help"]
+    ended = subprocess.run(command, env={"PYTHONIOENCODING": "ascii"}, cwd=ROOT, capture_output=True, check=True)
+    assert ended.stdout.startswith(b"usage: ") and not ended.stderr
+
+
+def test_a_bad_value_is_shown_in_ascii() -> None:
+    ended = run("--threads", "\u2026", PYTHONIOENCODING="ascii", **REQUIRED)
+    assert ended.returncode == 2
+    assert ended.stderr == "micro_svc_demo: THREADS (--threads): '\\u2026' is not allowed; allowed: 1 to 256\n"
 
 
 def test_version() -> None:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 from opentelemetry import trace
@@ -15,6 +16,7 @@ import micro_svc_demo as service
 from tests.service import ServiceProcess
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+UNTRACED = "nothing is traced: check the OTEL_ variables and the packages that they name"
 Spans = Callable[..., list[ReadableSpan]]
 
 
@@ -96,14 +98,31 @@ def test_trace_id_of_traceparent(traceparent: str, expected: str) -> None:
 
 def test_there_is_a_tracer_where_a_provider_has_been_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `opentelemetry-instrument` sets one; the API alone makes spans that go nowhere."""
-    assert service.find_tracer() is None
+    log = Mock()
+    assert service.find_tracer(log) is None
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
-    service.find_tracer().start_span("one").end()
+    service.find_tracer(log).start_span("one").end()
     assert [span.name for span in exporter.get_finished_spans()] == ["one"]
     monkeypatch.delitem(sys.modules, "opentelemetry.trace")
-    assert service.find_tracer() is None
+    assert service.find_tracer(log) is None
+    log.event.assert_not_called()
+
+
+@pytest.mark.parametrize("variable", ["OTEL_TRACES_EXPORTER", "OTEL_PYTHON_TRACER_PROVIDER"])
+def test_without_what_the_variables_name_it_serves_and_warns(variable: str) -> None:
+    """What `opentelemetry-instrument` leaves behind when it finds no such exporter: its modules, and no provider."""
+    couchbase = {"COUCHBASE_HOST": "couchbase://127.0.0.1:1", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"}
+    process = ServiceProcess(couchbase | {variable: "nosuch"})
+    failed = "import os, sys; sys.modules['opentelemetry.instrumentation'] = sys; import micro_svc_demo"
+    process.command = ("-c", f"{failed}; os._exit(micro_svc_demo.main())")
+    process.start()
+    try:
+        assert process.wait_for(UNTRACED)["level"] == "warning"
+        assert process.get("/healthz").status == 200
+    finally:
+        assert process.stop() == 0
 
 
 STUCK = """
@@ -126,7 +145,7 @@ os._exit(micro_svc_demo.main())
 
 
 def test_a_collector_that_does_not_answer_does_not_hold_the_end_up() -> None:
-    """Nor does a Couchbase that is not there."""
+    """For more than two seconds; nor does a Couchbase that is not there."""
     couchbase = {"COUCHBASE_HOST": "couchbase://127.0.0.1:1", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"}
     process = ServiceProcess(couchbase)
     process.command = ("-c", STUCK)
@@ -135,4 +154,4 @@ def test_a_collector_that_does_not_answer_does_not_hold_the_end_up() -> None:
     assert process.process.stderr is not None and process.process.stderr.readline() == "exporting\n"
     started = time.monotonic()
     assert process.stop() == 0
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 2
