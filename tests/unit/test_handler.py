@@ -1,8 +1,10 @@
 """The handler: a whole request in, a whole answer out; the store stands ready-made behind it."""
 
+import asyncio
 import base64
 import json
 from email.utils import parsedate_to_datetime
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -324,3 +326,15 @@ def test_an_operation_without_an_answer_is_counted_too(ask) -> None:
     found = ask("/metrics", internal=True).body.decode()
     assert 'couchbase_operations_total{operation="lookup_in",outcome="ok"} 1\n' in found
     assert 'couchbase_operation_duration_seconds_count{operation="lookup_in"} 1\n' in found
+
+
+def test_a_client_that_has_gone_before_its_last_answer_is_no_failure(server: service.ProfileServer) -> None:
+    async def receive() -> None:
+        connection, transport = service.Connection(server), Mock()
+        transport.get_extra_info.return_value = ("192.0.2.1", 1)
+        transport.write_eof.side_effect = OSError("not connected")  # as of a socket that was reset
+        connection.connection_made(transport)
+        connection.data_received(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert connection.state == connection.LINGERING
+
+    asyncio.run(receive())
