@@ -421,7 +421,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             more += "Connection: close\r\n"
         elif self.request_version == "HTTP/1.0":
             more += "Connection: keep-alive\r\n"
-        if self.command == "HEAD":
+        if self.command == "HEAD" or (not self.command and framer.refused_head):
             body = b""
         cached = "Cache-Control: private, no-cache\r\n" if self.path.startswith("/api/") else ""
         head = (  # at once, which takes half the time of one field after the other
@@ -900,10 +900,11 @@ def announces_body(head: Head) -> bool:
 class Framer:
     """Cuts a client's bytes into whole request heads. What follows a malformed head, or one with a body, is dropped."""
 
-    __slots__ = ("_fields", "_parsed", "_scanned", "inbox", "refused")
+    __slots__ = ("_fields", "_parsed", "_scanned", "inbox", "refused", "refused_head")
 
     def __init__(self) -> None:
         self.inbox, self.refused = bytearray(), False  # what is not returned yet; whether nothing more is taken
+        self.refused_head = False  # whether what was refused is a HEAD, as far as it can be told
         self._scanned = 0  # how much of the inbox is known to hold no end of head
         self._fields = b""  # as they came with the last request of the common kind
         self._parsed: dict[str, str] = {}  # the same
@@ -947,10 +948,10 @@ class Framer:
                     self._check_beginning()
                     break
                 head = parse_head(bytes(self.inbox[:end]))
-                del self.inbox[:end]
-                self._scanned = 0
                 if announces_body(head):
                     self.refuse()
+                del self.inbox[:end]
+                self._scanned = 0
                 found.append(head)
         except ProblemError as problem:
             found.append(problem)
@@ -959,6 +960,7 @@ class Framer:
 
     def refuse(self) -> None:
         """Forget what is buffered and take no more."""
+        self.refused_head |= self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
         self.refused, self.inbox = True, bytearray()
 
     def _check_beginning(self) -> None:
@@ -982,6 +984,7 @@ class Framer:
 #
 #   state       waits for                          until its deadline        which moves it on
 #   READING     the next request, or its rest      IDLE 75 s, or HEAD 10 s   closed, or answered 408
+#   EXCESS      its first bytes: HEAD or not?      0.1 s                     answered 503, as there are too many clients
 #   ANSWERING   the store, for the answer          none: the store has its own time-outs
 #   WRITING     the client to take its answer      WRITE 30 s                closed, unless more has gone meanwhile
 #   LINGERING   the client's end                   LINGER 2 s without a byte closed
@@ -1032,8 +1035,8 @@ class Connection(asyncio.Protocol):
 
     __slots__ = ("address", "deadline", "end_at", "ended", "framer", "internal", "last", "server", "state",
                  "transport", "unsent")  # fmt: skip
-    READING, ANSWERING, WRITING, LINGERING, CLOSED = range(5)
-    head_seconds, idle_seconds, write_seconds, linger_seconds = 10.0, 75.0, 30.0, 2.0
+    READING, EXCESS, ANSWERING, WRITING, LINGERING, CLOSED = range(6)
+    head_seconds, idle_seconds, write_seconds, linger_seconds, excess_seconds = 10.0, 75.0, 30.0, 2.0, 0.1
     receive_bytes = 16_384  # at a time
     buffered_bytes = 32_768  # behind the request that is being answered; then reading pauses
     transport: Any  # asyncio.Transport
@@ -1055,6 +1058,11 @@ class Connection(asyncio.Protocol):
         server.connections.add(self)
         server.clients += not self.internal
         if server.clients > server.settings.max_connections and not self.internal:
+            self.state, self.deadline = self.EXCESS, math.inf
+            asyncio.get_running_loop().call_later(self.excess_seconds, self._turn_away)
+
+    def _turn_away(self) -> None:
+        if self.state == self.EXCESS:
             self._answer(unavailable("too many connections", rejected="overloaded"))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -1074,12 +1082,14 @@ class Connection(asyncio.Protocol):
             self.deadline = min(time.monotonic() + self.linger_seconds, self.end_at)
         else:
             self.framer.feed(data, 0)
+            self._turn_away()
             if len(self.framer.inbox) > self.buffered_bytes:
                 self.transport.pause_reading()
 
     def eof_received(self) -> bool:
         """Take note of the client's end; return whether it may still get answers (half-closed)."""
         self.ended = True
+        self._turn_away()
         if self.state == self.READING and self.framer.partial:
             self._answer(ProblemError(400, "the request ended before it was whole"))
         return self.state in {self.ANSWERING, self.WRITING}

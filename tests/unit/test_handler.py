@@ -1,8 +1,10 @@
 """The handler: a whole request in, a whole answer out; the store stands ready-made behind it."""
 
+import asyncio
 import base64
 import json
 from email.utils import parsedate_to_datetime
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -232,6 +234,43 @@ def test_head_is_get_without_the_body(ask, path: str) -> None:
     assert headed.body == b""
     assert got.status == headed.status
     assert got.headers | {"date": ""} == headed.headers | {"date": ""}
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "status"),
+    [("/#", "A: b", 400), ("/", "Content-Length: x", 400), ("/", "Content-Length: 5", 413), ("/", "Expect: x", 417)]
+    + [("/" + "x" * service.MAX_TARGET_BYTES, "A: b", 414), ("/", "A: " + "b" * service.MAX_HEAD_BYTES, 431)],
+)
+def test_a_refused_head_has_no_body_but_its_length(ask, path: str, field: str, status: int) -> None:
+    got, headed = ask(path, field), ask(path, field, method="HEAD")
+    assert (got.status, headed.status, headed.body) == (status, status, b"")
+    assert headed.headers["content-length"] == str(len(got.body))
+
+
+@pytest.mark.parametrize(("first", "has_body"), [(b"HEAD /", False), (b"GET /", True), (b"", True), (None, True)])
+def test_a_client_too_many_is_told_as_its_first_bytes_want(
+    server: service.ProfileServer, first: bytes | None, has_body: bool
+) -> None:
+    """Whether it sends some, its end (`b""`), or nothing for a while; and it is told once."""
+
+    async def answered() -> bytes:
+        server.clients, written = server.settings.max_connections, asyncio.Event()
+        connection, transport = service.Connection(server), Mock()
+        transport.get_extra_info.return_value = ("192.0.2.1", 1)
+        transport.write.side_effect = lambda _: written.set()
+        connection.connection_made(transport)
+        transport.write.assert_not_called()
+        if first:
+            connection.data_received(first)
+        elif first is not None:
+            connection.eof_received()
+        await written.wait()
+        connection._turn_away()
+        transport.write.assert_called_once()
+        return transport.write.call_args.args[0]
+
+    answer = parse(asyncio.run(answered()))
+    assert (answer.status, answer.headers["connection"], bool(answer.body)) == (503, "close", has_body)
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "M-SEARCH"])
