@@ -403,14 +403,16 @@ class ProfileHandler(BaseHTTPRequestHandler):
         self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, problem.headers)
 
     def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, headers: str = "") -> None:
-        """Put the whole answer together; a 304 if `cas`, of which the ETag is made, is what the caller has.
+        """Put the whole answer together; a 304 or 412 by `cas`, of which the ETag is made (RFC 9110, 13.2.2).
 
         `headers` are further fields as they are sent, each with its line end.
         """
         more = ""
         if cas is not None:
-            more = f'ETag: "{cas:x}"\r\n'
-            if "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], f'"{cas:x}"'):
+            more, tag = f'ETag: "{cas:x}"\r\n', f'"{cas:x}"'
+            if "if-match" in self.headers and not _names_tag(self.headers["if-match"], tag):
+                raise ProblemError(412, "the document has another ETag")
+            if "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], tag, f"W/{tag}"):
                 status, body, content_type = 304, b"", ""
         # of a 204 there is nothing to describe, and of a 304 the caller has it (RFC 9110, 8.6 and 15.4.5)
         typed = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n" if content_type else ""
@@ -1195,9 +1197,9 @@ def parse_page(query: str) -> tuple[int, int]:
     return values.get("limit", DEFAULT_LIMIT), values.get("offset", 0)
 
 
-def _names_tag(given: str, tag: str) -> bool:
-    """Tell whether If-None-Match names the tag, by weak comparison (RFC 9110, 8.8.3.2 and 13.1.2)."""
-    return given == "*" or tag in (item.strip().removeprefix("W/") for item in given.split(","))
+def _names_tag(given: str, *tags: str) -> bool:
+    """Tell whether If-Match or If-None-Match names one of the tags (RFC 9110, 13.1): by weak comparison also W/…."""
+    return given == "*" or any(item.strip() in tags for item in given.split(","))
 
 
 def decode_picture(record: bytes) -> tuple[str, bytes]:
@@ -2074,7 +2076,7 @@ class Family(NamedTuple):
 ROUTES = ("/api/v1/id/{id}", "/api/v1/nickname/{nickname}", "/api/v1/username/{username}", "/api/v1/picture/raw/{id}",
           "/api/v1/picture/record/{id}", "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "other")
 METHODS = ("GET", "HEAD", "OPTIONS", "other")
-STATUSES = (200, 204, 304, 400, 401, 404, 405, 408, 413, 414, 417, 422, 431, 500, 503, 504)
+STATUSES = (200, 204, 304, 400, 401, 404, 405, 408, 412, 413, 414, 417, 422, 431, 500, 503, 504)
 OPERATIONS = ("get", "get_multi", "get_any_replica", "lookup_in", "query")
 OUTCOMES = ("ok", "not_found", "timeout", "unavailable", "error")
 REASONS = ("malformed", "too_large", "too_slow", "overloaded", "not_ready")
@@ -2320,6 +2322,7 @@ _PARAMETERS: dict[str, _JSON] = {
     "limit": {"in": "query", "schema": dict(type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)},
     "offset": {"in": "query", "schema": dict(type="integer", minimum=0, maximum=MAX_OFFSET, default=0)},
     # no example: Swagger UI would send it with every request that it tries out
+    "If-Match": {"in": "header", "description": "the ETag that it must have, or *", "schema": {"type": "string"}},
     "If-None-Match": {"in": "header", "description": "the ETag that the caller has", "schema": {"type": "string"}},
 }
 _FIELDS: dict[str, _JSON] = {  # of answers
@@ -2332,7 +2335,8 @@ _FIELDS: dict[str, _JSON] = {  # of answers
 }
 _ANSWERS = {  # all but the 200s: an example of the problem's detail, which a 304 has not
     304: "", 400: f"limit must be one number from 1 to {MAX_LIMIT}", 401: "a valid bearer token is required",
-    404: "no such document", 405: "POST is not supported", 408: "the request did not arrive in time",
+    404: "no such document", 412: "the document has another ETag",
+    405: "POST is not supported", 408: "the request did not arrive in time",
     413: "a request has no body here", 417: "the only expectation that can be met is 100-continue", 504: _TOO_SLOW,
     414: f"the target is longer than {MAX_TARGET_BYTES} bytes", 431: f"the head is longer than {MAX_HEAD_BYTES} bytes",
     422: "the picture record has no usable type or base64 image", 500: "unexpected failure", 503: "not ready",
@@ -2340,7 +2344,7 @@ _ANSWERS = {  # all but the 200s: an example of the problem's detail, which a 30
 _ANSWER_FIELDS = {304: "ETag X-Couchbase-Replica Content-Security-Policy", 401: "WWW-Authenticate", 405: "Allow",
                   503: "Retry-After"}
 _ANY_ROUTE = "400 408 413 414 417 431 500 503"
-_BY_ID = "id If-None-Match ETag X-Couchbase-Replica 304 401 404 504"
+_BY_ID = "id If-Match If-None-Match ETag X-Couchbase-Replica 304 401 404 412 504"
 _BY_NAME = "limit offset Link 401 404 504"
 # Tag, operation, path, summary; names of parameters, of the 200's header fields and of other answers; the 200's body:
 # a list with this schema, or its content as OpenAPI says it.

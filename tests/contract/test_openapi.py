@@ -108,11 +108,11 @@ def example_of(described: dict[str, Any]) -> Any:
 
 
 def test_everything_that_can_have_an_example_has_a_valid_one() -> None:
-    """But If-None-Match: Swagger UI would send it with every request that it tries out."""
+    """But If-Match and If-None-Match: Swagger UI would send it with every request that it tries out."""
     components = DOCUMENT["components"]
     parameters = [row for row in components["parameters"].values() if row["in"] != "header"]
     bodies = [body for _, response in responses() for body in response.get("content", {}).values() if "schema" in body]
-    assert len(parameters) == len(components["parameters"]) - 1 and len(bodies) > 40
+    assert len(parameters) == len(components["parameters"]) - 2 and len(bodies) > 40
     for described in [*parameters, *components["headers"].values(), *bodies]:
         validator(described["schema"]).validate(example_of(described))
 
@@ -191,7 +191,7 @@ def test_the_example_is_answered_as_described(service: ServiceProcess, database:
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path.startswith("/api/")])
 def test_refusals_are_answered_as_described(service: ServiceProcess, database: EmulatorProcess, path: str) -> None:
-    """Each route's 304, 400, 401 and 404 are as described."""
+    """Each route's 304, 400, 401, 404 and 412 are as described."""
     example, token = examples(path), database.token
     answers = {
         400: service.get(example.rpartition("/")[0] + "/%zz", token),
@@ -200,6 +200,7 @@ def test_refusals_are_answered_as_described(service: ServiceProcess, database: E
     }
     if "304" in DOCUMENT["paths"][path]["get"]["responses"]:
         answers[304] = service.get(example, token, If_None_Match="*")
+        answers[412] = service.get(example, token, If_Match='"another"')
     for status, answer in answers.items():
         assert answer.status == status
         check(path, answer)

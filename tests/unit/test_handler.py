@@ -222,8 +222,29 @@ class TestConditional:
     def test_modified(self, ask) -> None:
         assert ask("/api/v1/id/5", BEARER, 'If-None-Match: "20"').status == 200
 
-    def test_a_missing_document_stays_missing(self, ask) -> None:
-        assert ask("/api/v1/id/6", BEARER, "If-None-Match: *").status == 404
+    @pytest.mark.parametrize("path", ["/api/v1/id/5", "/api/v1/picture/record/5", "/api/v1/picture/raw/5"])
+    @pytest.mark.parametrize("method", ["GET", "HEAD"])
+    def test_not_the_one_that_must_match(self, ask, path: str, method: str) -> None:
+        """Only If-Match's list counts, compared strongly: a weak tag never matches (RFC 9110, 13.1.1)."""
+        tag = ask(path, BEARER).headers["etag"]
+        for tags in ('"zz"', f"W/{tag}", tag[:-1], f'"0", W/{tag}', ""):
+            assert ask(path, BEARER, f"If-Match: {tags}", method=method).status == 412, tags
+        for tags in (tag, f'"0" ,{tag}', f"W/{tag},{tag}", "*"):
+            assert ask(path, BEARER, f"If-Match: {tags}", method=method).status == 200, tags
+
+    def test_if_match_comes_first(self, ask) -> None:
+        """In the order of RFC 9110, 13.2.2."""
+        for tag, status in (('"0"', 412), ('"1f"', 304)):
+            assert ask("/api/v1/id/5", BEARER, f"If-Match: {tag}", 'If-None-Match: "1f"').status == status
+
+    def test_the_answer_without_it_comes_before(self, ask, shelf) -> None:
+        """A missing document stays missing; what has no ETag has no precondition (RFC 9110, 13.2.1)."""
+        shelf.rows = [b"{}"]
+        for condition in ("If-None-Match: *", 'If-Match: "0"'):
+            assert ask("/api/v1/id/6", BEARER, condition).status == 404
+            assert ask("/api/v1/id/5", condition).status == 401
+            assert ask("/api/v1/nickname/x", BEARER, condition).status == 200
+            assert ask("/healthz", condition).status == 200
 
 
 @pytest.mark.parametrize(

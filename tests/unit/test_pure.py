@@ -128,11 +128,11 @@ class TestProblem:
 class TestTag:
     @pytest.mark.parametrize("given_tags", ["*", '"1f"', 'W/"1f"', '"0", "1f"', '"0",W/"1f" ,"2"'])
     def test_matches(self, given_tags: str) -> None:
-        assert service._names_tag(given_tags, '"1f"')
+        assert service._names_tag(given_tags, '"1f"', 'W/"1f"')
 
-    @pytest.mark.parametrize("given_tags", ["", '"1F"', "1f", '"1f', '"11f"'])
+    @pytest.mark.parametrize("given_tags", ["", '"1F"', "1f", '"1f', '"11f"', 'w/"1f"', 'W/W/"1f"'])
     def test_does_not_match(self, given_tags: str) -> None:
-        assert not service._names_tag(given_tags, '"1f"')
+        assert not service._names_tag(given_tags, '"1f"', 'W/"1f"')
 
 
 def test_date_of_an_answer() -> None:
