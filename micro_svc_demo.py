@@ -246,8 +246,11 @@ JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+js
 CONTENT_POLICY = (
     "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # opened as a page a picture may run nothing
 )
-ALLOW, REPLICA, MAX_KEY_BYTES = "Allow: GET, HEAD\r\n", "X-Couchbase-Replica: true\r\n", 246
+ALLOW, REPLICA, MAX_KEY_BYTES = "Allow: GET, HEAD, OPTIONS\r\n", "X-Couchbase-Replica: true\r\n", 246
 _REJECTED = {400: "malformed", 417: "malformed", 414: "too_large", 431: "too_large", 408: "too_slow"}
+QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))  # logged at debug: probes and scrapes come by the second
+# Cache-Control of what is no problem, by route; that of documents is in `send`.
+_CACHED = {"/openapi.json": "no-cache", "/docs": "no-cache"} | dict.fromkeys(("", *QUIET_ROUTES), "no-store")
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 
@@ -425,10 +428,10 @@ class ProfileHandler(BaseHTTPRequestHandler):
             more += "Connection: keep-alive\r\n"
         if self.command == "HEAD" or (not self.command and framer.refused_head):
             body = b""
-        cached = "Cache-Control: private, no-cache\r\n" if self.path.startswith("/api/") else ""
+        cached = "no-store" if status >= 400 else _CACHED.get(self.route, "private, no-cache")  # noqa: PLR2004
         head = (  # at once, which takes half the time of one field after the other
             f"{_STATUS_LINES[status]}Date: {self.server.date}\r\nX-Request-ID: {self.request_id}\r\n"
-            f"X-Content-Type-Options: nosniff\r\n{typed}{cached}{more}{headers}\r\n"
+            f"X-Content-Type-Options: nosniff\r\n{typed}Cache-Control: {cached}\r\n{more}{headers}\r\n"
         )
         self.status, self.response = status, head.encode("latin-1") + body
         self.seconds = time.monotonic() - self.started
@@ -1941,7 +1944,6 @@ def timestamp(second: int) -> str:
 
 MAX_LINE_BYTES = 2048
 _TELLING = ("first_error_code", "first_error_message", "http_status", "last_dispatched_to", "retry_reasons")
-QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))  # logged at debug: probes and scrapes come by the second
 
 
 class Log:
@@ -2292,10 +2294,11 @@ class Processor:
 _JSON: TypeAlias = dict[str, Any]
 _DESCRIPTION = f"""User profiles and pictures out of Couchbase; documents are sent as stored.
 
-`HEAD` works wherever `GET` does, `OPTIONS` says which methods there are, and any other method is answered 405.
+`HEAD` works wherever `GET` does, `OPTIONS` says which methods there are; any other, known or not, is answered 405.
 Unknown query parameters are ignored. Errors are problem documents (RFC 9457). Header fields not listed below are
 `X-Request-ID`, to be quoted to the operator, the caller's if it matches `{_SANE_REQUEST_ID.pattern}`; HTTP's own;
-`X-Content-Type-Options: nosniff`; and `Cache-Control: private, no-cache` under `/api/` unless the head is refused."""
+`X-Content-Type-Options: nosniff`; and `Cache-Control`: `private, no-cache` for 200 and 304 under `/api/`, `no-cache`
+for this document and its page, else `no-store`."""
 # fmt: off
 _EXAMPLES: dict[str, _JSON] = {
     "Profile": {
@@ -2330,7 +2333,7 @@ _FIELDS: dict[str, _JSON] = {  # of answers
     "Link": {"example": '</api/v1/nickname/doc?limit=2&offset=2>; rel="next"', "description": "the next page, if any"},
     "X-Couchbase-Replica": {"example": "true", "description": "from a replica, which may lag; missing otherwise"},
     "Content-Security-Policy": {"example": "default-src 'none'; sandbox", "description": "what it may do as a page"},
-    "WWW-Authenticate": {"example": "Bearer"}, "Allow": {"example": "GET, HEAD"},
+    "WWW-Authenticate": {"example": "Bearer"}, "Allow": {"example": "GET, HEAD, OPTIONS"},
     "Retry-After": {"example": "1", "description": "in seconds"},
 }
 _ANSWERS = {  # all but the 200s: an example of the problem's detail, which a 304 has not

@@ -135,7 +135,7 @@ def test_answers(single: ServiceProcess, case: Case) -> None:
     if case.refused:
         assert lines[-2]["route"] == "-", "it was routed"
         assert (lines[-2]["method"] == "-") == (case.answers[-1] != 413)  # of a head with a body it is known
-        assert replies[-1].headers["connection"] == "close"
+        assert (replies[-1].headers["connection"], replies[-1].headers["cache-control"]) == ("close", "no-store")
     if case.routes:
         assert [line["route"] for line in lines[:-1]] == case.routes
 

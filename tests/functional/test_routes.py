@@ -257,7 +257,7 @@ def test_head(service: ServiceProcess, database) -> None:
 def test_other_methods_are_405(service: ServiceProcess, database) -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH"):
         answer = service.request(method, "/api/v1/id/1", database.token)
-        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
 def test_probes_and_metrics(service: ServiceProcess) -> None:

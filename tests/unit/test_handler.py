@@ -204,7 +204,7 @@ class TestToken:
         answer = ask(path, *fields)
         assert answer.status == 401
         assert answer.headers["www-authenticate"] == "Bearer"
-        assert answer.headers["cache-control"] == "private, no-cache"
+        assert answer.headers["cache-control"] == "no-store"
         assert shelf.asked == []
 
     def test_not_needed_elsewhere(self, ask) -> None:
@@ -294,10 +294,10 @@ def test_a_client_too_many_is_told_as_its_first_bytes_want(
     assert (answer.status, answer.headers["connection"], bool(answer.body)) == (503, "close", has_body)
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "M-SEARCH"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "M-SEARCH", "NOBODY_KNOWS"])
 def test_other_methods_are_405(ask, method: str) -> None:
     answer = ask("/api/v1/id/5", BEARER, method=method)
-    assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+    assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
 def test_every_answer_has_the_common_fields(ask) -> None:
@@ -312,6 +312,36 @@ def test_every_answer_has_the_common_fields(ask) -> None:
             assert set(problem) == {"title", "status", "detail", "request_id"}
             assert problem["status"] == answer.status
             assert problem["request_id"] == answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status", "cached"),
+    [
+        ("/api/v1/id/5", [BEARER], 200, "private, no-cache"),
+        ("/api/v1/id/5", [BEARER, "If-None-Match: *"], 304, "private, no-cache"),
+        ("/api/v1/picture/raw/5?x", [BEARER], 200, "private, no-cache"),
+        ("/api/v1/id/5", [BEARER, 'If-Match: "0"'], 412, "no-store"),
+        ("/api/v1/id/6", [BEARER], 404, "no-store"),
+        ("/api/v1/id/5", [], 401, "no-store"),
+        ("/openapi.json?x", [], 200, "no-cache"),
+        ("/docs", [], 200, "no-cache"),
+        ("/healthz?x", [], 200, "no-store"),
+        ("/readyz", [], 200, "no-store"),
+        ("/metrics", [], 200, "no-store"),
+        ("/nope", [], 404, "no-store"),
+        ("/docs", ["Content-Length: 5"], 413, "no-store"),
+        ("/docs#", [], 400, "no-store"),
+    ],
+)
+def test_what_a_cache_may_keep(ask, path: str, fields: list[str], status: int, cached: str) -> None:
+    for method in ("GET", "HEAD"):
+        answer = ask(path, *fields, method=method, internal=path == "/metrics")
+        assert (answer.status, answer.headers["cache-control"]) == (status, cached)
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "POST"])
+def test_what_is_no_document_may_not_be_kept(ask, method: str) -> None:
+    assert ask("/api/v1/id/5", BEARER, method=method).headers["cache-control"] == "no-store"
 
 
 def test_request_id_is_the_callers_if_sane(ask) -> None:
