@@ -247,7 +247,7 @@ CONTENT_POLICY = (
     "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # opened as a page a picture may run nothing
 )
 ALLOW, REPLICA, MAX_KEY_BYTES = "Allow: GET, HEAD, OPTIONS\r\n", "X-Couchbase-Replica: true\r\n", 246
-_REJECTED = {400: "malformed", 417: "malformed", 414: "too_large", 431: "too_large", 408: "too_slow"}
+_REJECTED = {**dict.fromkeys((400, 417, 501, 505), "malformed"), 414: "too_large", 431: "too_large", 408: "too_slow"}
 QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))  # logged at debug: probes and scrapes come by the second
 # Cache-Control of what is no problem, by route; that of documents is in `send`.
 _CACHED = {"/openapi.json": "no-cache", "/docs": "no-cache"} | dict.fromkeys(("", *QUIET_ROUTES), "no-store")
@@ -829,8 +829,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 MAX_TARGET_BYTES, MAX_HEAD_BYTES, MAX_FIELDS, _MOST_REMEMBERED_BYTES = 8192, 16384, 100, 1024
 _END_OF_HEAD = b"\r\n\r\n"
-_REQUEST_LINE = re.compile(r"([A-Z][A-Z0-9_-]{0,31}) ([!-\"$-~]++) (HTTP/1\.[01])")  # possessive, so that it is linear
-_FIELD = re.compile(r"^([!#$%&'*+\-.^_`|~0-9A-Za-z]++): ?(.*)\r\n", re.MULTILINE)
+_REQUEST_LINE = re.compile(r"([A-Z][A-Z0-9_-]{0,31}) ([!-\"$-~]++) (HTTP/[0-9]\.[0-9])")  # possessive: it is linear
+_NAME_TEXT = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+_FIELD = re.compile(rf"^({_NAME_TEXT}): ?(.*)\r\n", re.MULTILINE)
+# Of transfer codings: chunked is the last one, or not among them.
+_CODINGS = re.compile(rf"(?:(?!chunked[ \t,]){_NAME_TEXT}[ \t]*,[ \t]*)*{_NAME_TEXT}", re.IGNORECASE)
 # What a head may be made of between its line ends, and what must be left of it without that.
 _TEXT = bytes(byte for byte in range(256) if byte == ord("\t") or (byte >= ord(" ") and byte != 0x7F))  # noqa: PLR2004
 _LINE_ENDS = b"\r\n" * MAX_HEAD_BYTES
@@ -855,13 +858,16 @@ class Head(NamedTuple):
 
 
 def parse_head(raw: bytes) -> Head:
-    """Parse one whole request head strictly; ProblemError: 400, 414, 417 or 431, and the connection cannot go on."""
+    """Parse one whole request head strictly; ProblemError: 400, 414, 417, 431 or 505, and the connection is done."""
     line, _, rest = raw.decode("latin-1").removeprefix("\r\n").partition("\r\n")
     if (ends := raw.translate(None, _TEXT)) != _LINE_ENDS[: len(ends)]:
         raise ProblemError(400, "a control character, or a line that ends with a bare CR or LF")
     if not (parts := _REQUEST_LINE.fullmatch(line)):
         raise ProblemError(400, "malformed request line")
     method, target, version = parts.groups()
+    if version[5] != "1":
+        raise ProblemError(505, "the only major version is HTTP/1")
+    version = "HTTP/1.0" if version == "HTTP/1.0" else "HTTP/1.1"  # which a later 1.x is read as (RFC 9110, 2.5)
     pairs = [(name.lower(), value.strip(" \t")) for name, value in _FIELD.findall(rest)]
     if len(pairs) != rest.count("\n") - 1 or not raw.endswith(_END_OF_HEAD):
         raise ProblemError(400, "malformed header field")
@@ -893,10 +899,12 @@ def parse_head(raw: bytes) -> Head:
 
 
 def announces_body(head: Head) -> bool:
-    """Tell whether a body follows the head (RFC 9112, 6.3); 400 for framing that could be read in two ways."""
+    """Tell whether a body follows the head (RFC 9112, 6.3); 400 for framing that could be read in two ways, or 501."""
     length, coding = head.fields.get("content-length"), head.fields.get("transfer-encoding")
-    if coding is not None and (length is not None or head.version == "HTTP/1.0" or coding.lower() != "chunked"):
-        raise ProblemError(400, "Transfer-Encoding is not exactly chunked, or stands beside Content-Length")
+    if coding is not None and (length is not None or head.version == "HTTP/1.0" or not _CODINGS.fullmatch(coding)):
+        raise ProblemError(400, "malformed Transfer-Encoding, or beside Content-Length, or in HTTP/1.0")
+    if coding is not None and coding.lower() != "chunked":
+        raise ProblemError(501, "the only transfer coding is chunked")
     if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
         raise ProblemError(400, "malformed Content-Length")
     return coding is not None or int(length or 0) > 0
@@ -2078,7 +2086,7 @@ class Family(NamedTuple):
 ROUTES = ("/api/v1/id/{id}", "/api/v1/nickname/{nickname}", "/api/v1/username/{username}", "/api/v1/picture/raw/{id}",
           "/api/v1/picture/record/{id}", "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "other")
 METHODS = ("GET", "HEAD", "OPTIONS", "other")
-STATUSES = (200, 204, 304, 400, 401, 404, 405, 408, 412, 413, 414, 417, 422, 431, 500, 503, 504)
+STATUSES = (200, 204, 304, 400, 401, 404, 405, 408, 412, 413, 414, 417, 422, 431, 500, 501, 503, 504, 505)
 OPERATIONS = ("get", "get_multi", "get_any_replica", "lookup_in", "query")
 OUTCOMES = ("ok", "not_found", "timeout", "unavailable", "error")
 REASONS = ("malformed", "too_large", "too_slow", "overloaded", "not_ready")
@@ -2343,10 +2351,11 @@ _ANSWERS = {  # all but the 200s: an example of the problem's detail, which a 30
     413: "a request has no body here", 417: "the only expectation that can be met is 100-continue", 504: _TOO_SLOW,
     414: f"the target is longer than {MAX_TARGET_BYTES} bytes", 431: f"the head is longer than {MAX_HEAD_BYTES} bytes",
     422: "the picture record has no usable type or base64 image", 500: "unexpected failure", 503: "not ready",
+    501: "the only transfer coding is chunked", 505: "the only major version is HTTP/1",
 }
 _ANSWER_FIELDS = {304: "ETag X-Couchbase-Replica Content-Security-Policy", 401: "WWW-Authenticate", 405: "Allow",
                   503: "Retry-After"}
-_ANY_ROUTE = "400 408 413 414 417 431 500 503"
+_ANY_ROUTE = "400 408 413 414 417 431 500 501 503 505"
 _BY_ID = "id If-Match If-None-Match ETag X-Couchbase-Replica 304 401 404 412 504"
 _BY_NAME = "limit offset Link 401 404 504"
 # Tag, operation, path, summary; names of parameters, of the 200's header fields and of other answers; the 200's body:

@@ -223,6 +223,7 @@ def test_requests_that_no_route_takes_are_answered_as_described(service: Service
         (431, {"X": "x" * micro_svc_demo.MAX_HEAD_BYTES}, ""),
         (413, {"Content-Length": "5"}, ""),
         (417, {"Expect": "miracles"}, ""),
+        (501, {"Transfer-Encoding": "gzip"}, ""),
     ):
         answer = service.get(examples(path) + suffix, **fields)
         assert answer.status == status and answer.headers["connection"] == "close"

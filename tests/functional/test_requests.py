@@ -24,7 +24,7 @@ from tests.load.clients import Conversation, request
 from tests.service import Answer, ServiceProcess, settings_for
 
 CORPUS = Path(__file__).parent / "requests"
-REFUSALS = {400, 408, 413, 414, 417, 431}
+REFUSALS = {400, 408, 413, 414, 417, 431, 501, 505}
 TOKEN = "functional-tests"
 SMALL_BYTES = 6000  # up to this, every position is cut; in larger ones every position near the ends and the bounds
 CUTS = {65_536: (300, 97), 1 << 30: (50, 9973)}  # up to a size: bytes near each bound, and the stride, a prime
