@@ -838,10 +838,8 @@ _CODINGS = re.compile(rf"(?:(?!chunked[ \t,]){_NAME_TEXT}[ \t]*,[ \t]*)*{_NAME_T
 _TEXT = bytes(byte for byte in range(256) if byte == ord("\t") or (byte >= ord(" ") and byte != 0x7F))  # noqa: PLR2004
 _LINE_ENDS = b"\r\n" * MAX_HEAD_BYTES
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
-_AUTHORITY = re.compile(rf"(?:{_HOST})(?::[0-9]{{0,5}})?")
-# The forms of a target but for a path; the last two belong to one method each.
-_ABSOLUTE_FORM = re.compile(rf"(?i:https?)://({_AUTHORITY.pattern})((?:[/?].*)?)")
-_OTHER_FORMS = re.compile(rf"OPTIONS \* |CONNECT {_AUTHORITY.pattern} ")
+_AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?", re.ASCII)
+_ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?]+)(.*)")
 # What can still become a head: clients of other protocols need not wait for the time-out of one.
 _BEGINNING = re.compile(rb"(?:\r\n)?(?:[A-Z][A-Z0-9_-]{0,31}(?: |\Z)|\Z)|\r\Z")
 # Fields of which a second one would leave it open which of the two counts.
@@ -855,6 +853,14 @@ class Head(NamedTuple):
     target: str
     version: str
     fields: dict[str, str]
+
+
+def is_authority(text: str) -> bool:
+    """Tell whether it is a host, a name or an address, with or without a port (RFC 3986, 3.2.2 and 3.2.3)."""
+    found = _AUTHORITY.fullmatch(text)
+    with contextlib.suppress(ValueError):
+        return found is not None and (not found[1] or bool(ipaddress.IPv6Address(found[1])))
+    return False
 
 
 def parse_head(raw: bytes) -> Head:
@@ -886,10 +892,11 @@ def parse_head(raw: bytes) -> Head:
     if len(pairs) > MAX_FIELDS or len(raw) > MAX_HEAD_BYTES:
         raise ProblemError(431, f"the head has more than {MAX_FIELDS} fields or {MAX_HEAD_BYTES} bytes")
     host = fields.get("host")
-    if (host is None and version == "HTTP/1.1") or (host and not _AUTHORITY.fullmatch(host)):
+    if (host is None and version == "HTTP/1.1") or (host and not is_authority(host)):
         raise ProblemError(400, "missing or malformed Host")
-    if target[0] != "/" and not _OTHER_FORMS.match(line):
-        if not (absolute := _ABSOLUTE_FORM.fullmatch(target)):
+    # the asterisk and the authority form belong to one method each
+    if target[0] != "/" and (method, target) != ("OPTIONS", "*") and not (method == "CONNECT" and is_authority(target)):
+        if not (absolute := _ABSOLUTE_FORM.fullmatch(target)) or not is_authority(absolute[1]):
             raise ProblemError(400, "the target is neither a path nor an absolute http URL")
         fields["host"] = absolute[1]  # its authority replaces Host (RFC 9112, 3.2.2)
         target = absolute[2] if absolute[2].startswith("/") else f"/{absolute[2]}"

@@ -46,6 +46,8 @@ HARMLESS = [
 ]
 HARMFUL = [
     b"Host: [::1]:80",
+    b"Host: [1::2::]",
+    b"Host: a~b!$&'()*+,;=%41",
     b"host:",
     b"Content-Length: 5",
     b"Content-Length: 05",

@@ -1,5 +1,7 @@
 """The HTTP/1.1 parser and framer: raw bytes in, heads or a problem out."""
 
+import ipaddress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,6 +113,14 @@ class TestHead:
     )
     def test_malformed_field(self, field: bytes) -> None:
         assert refused(b"GET / HTTP/1.1\r\n" + field + b"\r\nHost: a\r\n\r\n") == 400
+
+    @given(st.ip_addresses(v=6), st.none() | st.integers(0, 65535))
+    def test_every_ipv6_address_is_a_host(self, address: ipaddress.IPv6Address, port: int | None) -> None:
+        suffix = "" if port is None else f":{port}"
+        for text in (str(address), address.exploded, str(address).upper()):
+            assert service.is_authority(f"[{text}]{suffix}")
+            assert not service.is_authority(f"[{text}]{suffix}0x")
+            assert not service.is_authority(f"[{text}:0]{suffix}") or "::" in text
 
     def test_bounds(self) -> None:
         """Up to the bound is taken, one more is refused."""
