@@ -149,6 +149,9 @@ class Settings:
     metrics_port: int | None = _row("9090", _PORT_OR_OFF, "where /metrics and the probes listen")
     threads: int = _row("8", _integer(1, 256), "query threads")
     max_connections: int = _row("10000", _integer(1, 1_000_000), "clients")
+    idle_seconds: int = _row(
+        "75", _integer(1, 86_400), "an idle connection is kept so long: longer than your load balancer's"
+    )
     token_refresh_seconds: int = _row("30", _integer(1, 86_400), "how often the token is read again")
     shutdown_seconds: int = _row("20", _integer(0, 3600), "how long running requests may take to finish")
     cpu_affinity: str = _row("auto", _choice("auto or off"), "auto: pinned to one processor at a time, the least used")
@@ -410,28 +413,25 @@ class ProfileHandler(BaseHTTPRequestHandler):
 
         `headers` are further fields as they are sent, each with its line end.
         """
-        more = ""
+        server, given, framer = self.server, self.headers, self.connection.framer
         if cas is not None:
-            more, tag = f'ETag: "{cas:x}"\r\n', f'"{cas:x}"'
-            if "if-match" in self.headers and not _names_tag(self.headers["if-match"], tag):
+            tag = f'"{cas:x}"'
+            headers = f"ETag: {tag}\r\n{headers}"
+            if "if-match" in given and not _names_tag(given["if-match"], tag):
                 raise ProblemError(412, "the document has another ETag")
-            if "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], tag, f"W/{tag}"):
+            if "if-none-match" in given and _names_tag(given["if-none-match"], tag, f"W/{tag}"):
                 status, body, content_type = 304, b"", ""
         # of a 204 there is nothing to describe, and of a 304 the caller has it (RFC 9110, 8.6 and 15.4.5)
         typed = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n" if content_type else ""
-        framer = self.connection.framer
-        if framer.refused or (self.server.draining and not framer.partial):
+        if framer.refused or (server.draining and not framer.partial):
             self.close_connection = True
-        if self.close_connection:
-            more += "Connection: close\r\n"
-        elif self.request_version == "HTTP/1.0":
-            more += "Connection: keep-alive\r\n"
+        kept = "Connection: close\r\n" if self.close_connection else server.kept[self.request_version]
         if self.command == "HEAD" or (not self.command and framer.refused_head):
             body = b""
         cached = "no-store" if status >= 400 else _CACHED.get(self.route, "private, no-cache")  # noqa: PLR2004
         head = (  # at once, which takes half the time of one field after the other
-            f"{_STATUS_LINES[status]}Date: {self.server.date}\r\nX-Request-ID: {self.request_id}\r\n"
-            f"X-Content-Type-Options: nosniff\r\n{typed}Cache-Control: {cached}\r\n{more}{headers}\r\n"
+            f"{_STATUS_LINES[status]}Date: {server.date}\r\nX-Request-ID: {self.request_id}\r\n"
+            f"X-Content-Type-Options: nosniff\r\n{typed}Cache-Control: {cached}\r\n{kept}{headers}\r\n"
         )
         self.status, self.response = status, head.encode("latin-1") + body
         self.seconds = time.monotonic() - self.started
@@ -635,6 +635,8 @@ class ProfileServer(ThreadingHTTPServer):
         self.request_prefix = os.urandom(6).hex()  # with a number behind it, a request id that no other process makes
         self.request_numbers = itertools.count(1)
         self.connections: set[Connection] = set()
+        self.idle_seconds, timeout = settings.idle_seconds, f"Keep-Alive: timeout={settings.idle_seconds}\r\n"
+        self.kept = {"HTTP/1.1": timeout, "HTTP/1.0": f"Connection: keep-alive\r\n{timeout}"}  # fields, by version
         self.clients = 0  # connections but for those of the metrics port
         self.draining = self._is_ready = False
         self.date = http_date(int(time.time()))  # kept by `EndOfTurn`
@@ -1003,7 +1005,7 @@ class Framer:
 # pauses when that is full.
 #
 #   state       waits for                          until its deadline        which moves it on
-#   READING     the next request, or its rest      IDLE 75 s, or HEAD 10 s   closed, or answered 408
+#   READING     the next request, or its rest      IDLE_SECONDS, or 10 s     closed, or answered 408
 #   EXCESS      its first bytes: HEAD or not?      0.1 s                     answered 503, as there are too many clients
 #   ANSWERING   the store, for the answer          none: the store has its own time-outs
 #   WRITING     the client to take its answer      WRITE 30 s                closed, unless more has gone meanwhile
@@ -1056,7 +1058,7 @@ class Connection(asyncio.Protocol):
     __slots__ = ("address", "deadline", "end_at", "ended", "framer", "internal", "last", "server", "state",
                  "transport", "unsent")  # fmt: skip
     READING, EXCESS, ANSWERING, WRITING, LINGERING, CLOSED = range(6)
-    head_seconds, idle_seconds, write_seconds, linger_seconds, excess_seconds = 10.0, 75.0, 30.0, 2.0, 0.1
+    head_seconds, write_seconds, linger_seconds, excess_seconds = 10.0, 30.0, 2.0, 0.1
     receive_bytes = 16_384  # at a time
     buffered_bytes = 32_768  # behind the request that is being answered; then reading pauses
     transport: Any  # asyncio.Transport
@@ -1065,7 +1067,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, server: ProfileServer, *, internal: bool = False) -> None:  # internal: by the metrics port
         self.server, self.internal, self.framer = server, internal, Framer()
-        self.state, self.deadline = self.READING, time.monotonic() + self.idle_seconds
+        self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
         self.ended = False  # the client has sent its last byte
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -1139,7 +1141,7 @@ class Connection(asyncio.Protocol):
         elif self.framer.partial and self.ended:
             self.eof_received()
         elif not was_partial:
-            self.deadline = time.monotonic() + (self.head_seconds if self.framer.partial else self.idle_seconds)
+            self.deadline = time.monotonic() + (self.head_seconds if self.framer.partial else self.server.idle_seconds)
             self.transport.resume_reading()
 
     def _answer(self, request: Head | ProblemError) -> None:
@@ -1158,7 +1160,7 @@ class Connection(asyncio.Protocol):
         self.last = handler.close_connection
         self.transport.write(handler.response)
         if self.state == self.ANSWERING and not (handler.close_connection or self.framer.inbox or self.ended):
-            self.state, self.deadline = self.READING, time.monotonic() + self.idle_seconds
+            self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
         elif self.state == self.ANSWERING:
             self.resume_writing()
 
@@ -1178,7 +1180,7 @@ class Connection(asyncio.Protocol):
         elif self.ended:
             self.transport.close()
         else:
-            self.state, self.deadline = self.READING, time.monotonic() + self.idle_seconds
+            self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
 
 
 # ── Parts of requests and answers ─────────────────────────────────────────────────────────────────────────────────────

@@ -43,8 +43,8 @@ class ImpatientService(ServiceProcess):
 @pytest.fixture(scope="module")
 def hasty(database) -> Iterator[ServiceProcess]:
     """The service with short time-outs."""
-    knobs = {"head_seconds": 0.5, "idle_seconds": 1.0, "write_seconds": 1.0, "linger_seconds": 0.3}
-    with ImpatientService(settings_for(database), **knobs) as running:
+    knobs = {"head_seconds": 0.5, "write_seconds": 1.0, "linger_seconds": 0.3}
+    with ImpatientService(settings_for(database) | {"IDLE_SECONDS": "1"}, **knobs) as running:
         yield running
 
 
@@ -112,7 +112,7 @@ class TestTimeouts:
         for before in (b"", b"\r\n", request("/healthz")):
             with Conversation(hasty.port) as client:
                 if before.startswith(b"GET"):
-                    client.ask(before)
+                    assert client.ask(before).headers["keep-alive"] == "timeout=1"
                 else:
                     client.send(before)
                 client.wait_for_end()

@@ -366,8 +366,12 @@ def test_request_id_is_the_callers_if_sane(ask) -> None:
     ],
 )
 def test_connection(ask, version: str, option: str, closes: str | None) -> None:
+    """A kept one's answers say for how long it is kept when idle."""
     fields = [option] if option else []
-    assert ask("/healthz", *fields, version=version).headers.get("connection") == closes
+    for path in ("/healthz", "/api/v1/id/5", "/nope"):
+        answer = ask(path, *fields, version=version)
+        assert answer.headers.get("connection") == closes
+        assert answer.headers.get("keep-alive") == (None if closes == "close" else "timeout=75")
 
 
 def test_malformed_request_is_answered_and_closes(ask) -> None:
