@@ -266,6 +266,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
     headers: Mapping[str, str] = {}  # type: ignore[assignment]  # the base has others
     command = path = query = route = ""
     request_version, close_connection = "HTTP/1.1", True
+    cut_off = ""  # for the log, of an answer of which `response` has only what was sent
     _steps: Coroutine[Awaited, Any, None]
 
     def __init__(self, request: Head | ProblemError, connection: Connection, server: ProfileServer) -> None:
@@ -641,7 +642,8 @@ class ProfileServer(ThreadingHTTPServer):
         self.draining = self._is_ready = False
         self.date = http_date(int(time.time()))  # kept by `EndOfTurn`
         self.failure = ""  # what waiting cannot cure
-        self.answered: list[ProfileHandler] = []  # in this turn, which are still to be counted and logged
+        self.answered: list[ProfileHandler] = []  # in this turn, sent or cut off: still to be counted and logged
+        self.writing: dict[int, Connection] = {}  # by descriptor, those whose clients still take an answer
         self._stopping = asyncio.Event()
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self.metrics_socket = None if settings.metrics_port is None else self._listen(settings.metrics_port)
@@ -1025,6 +1027,13 @@ class EndOfTurn(selectors.DefaultSelector):
         super().__init__()
         self._server, self._until = server, 0.0  # when what waits is fetched whatever comes; monotonic seconds
 
+    def _events(self, timeout: float | None) -> Any:
+        events = super().select(timeout)
+        for key, _ in events if self._server.writing else ():
+            if connection := self._server.writing.get(key.fd):
+                connection.progressed()  # before the event, which may be the client's end
+        return events
+
     def select(self, timeout: float | None = None) -> Any:
         """Return the next events."""
         server, loader = self._server, self._server.store.loader
@@ -1032,7 +1041,7 @@ class EndOfTurn(selectors.DefaultSelector):
         if loader.waiting or loader.waiting_singles or loader.waiting_slow or loader.waiting_queries:
             # the larger a batch, the cheaper a key: whoever has come meanwhile is read first
             self._until = self._until or time.monotonic() + self.gather_seconds
-            if server.clients > 1 and time.monotonic() < self._until and (events := super().select(0)):
+            if server.clients > 1 and time.monotonic() < self._until and (events := self._events(0)):
                 return events
             self._until = 0.0
             loader.dispatch()
@@ -1047,7 +1056,7 @@ class EndOfTurn(selectors.DefaultSelector):
                 server.log.requests(handlers)
             for handler in handlers if server.tracer else ():
                 record_spans(server.tracer, handler, server.namespace)
-        events = super().select(timeout)
+        events = self._events(timeout)
         server.date = http_date(int(time.time()))
         return events
 
@@ -1055,7 +1064,7 @@ class EndOfTurn(selectors.DefaultSelector):
 class Connection(asyncio.Protocol):
     """A client: bytes in, one request at a time, bytes out."""
 
-    __slots__ = ("address", "deadline", "end_at", "ended", "framer", "internal", "last", "server", "state",
+    __slots__ = ("address", "deadline", "end_at", "ended", "framer", "handler", "internal", "last", "server", "state",
                  "transport", "unsent")  # fmt: skip
     READING, EXCESS, ANSWERING, WRITING, LINGERING, CLOSED = range(6)
     head_seconds, write_seconds, linger_seconds, excess_seconds = 10.0, 30.0, 2.0, 0.1
@@ -1063,12 +1072,13 @@ class Connection(asyncio.Protocol):
     buffered_bytes = 32_768  # behind the request that is being answered; then reading pauses
     transport: Any  # asyncio.Transport
     last: bool  # whether nothing follows the answer that is being written
-    unsent: int  # bytes of it, when that was looked at last
 
     def __init__(self, server: ProfileServer, *, internal: bool = False) -> None:  # internal: by the metrics port
         self.server, self.internal, self.framer = server, internal, Framer()
         self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
         self.ended = False  # the client has sent its last byte
+        self.handler: ProfileHandler | None = None  # whose answer the client still takes
+        self.unsent = 0  # bytes of it, when that was looked at last
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the client in, unless there are too many."""
@@ -1090,6 +1100,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client; what the store still brings for it is thrown away."""
         self.state, self.deadline = self.CLOSED, math.inf
+        self._written(self.unsent)
         self.server.connections.discard(self)
         self.server.clients -= not self.internal
 
@@ -1120,14 +1131,29 @@ class Connection(asyncio.Protocol):
         """Take note that the client does not take all of its answer at once."""
         self.state, self.deadline = self.WRITING, time.monotonic() + self.write_seconds
         self.unsent = self.transport.get_write_buffer_size()
+        self.server.writing[self.transport.get_extra_info("socket").fileno()] = self
+
+    def progressed(self) -> bool:
+        """Tell whether the client has taken more of its answer: then it has time again for the rest."""
+        before, self.unsent = self.unsent, self.transport.get_write_buffer_size()
+        if self.unsent < before:
+            self.deadline = time.monotonic() + self.write_seconds
+        return self.unsent < before
+
+    def _written(self, unsent: int) -> None:
+        """Have an answer that was not sent at once counted and logged; `unsent` bytes of it are cut off."""
+        if handler := self.handler:
+            del self.server.writing[self.transport.get_extra_info("socket").fileno()]
+            if unsent:
+                handler.response, handler.cut_off = handler.response[:-unsent], CUT_OFF
+            self.server.answered.append(handler)
+            self.handler = None
 
     def expire(self, now: float) -> None:
         """End a state that has lasted too long."""
         if self.state == self.READING and self.framer.partial:
             self._answer(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
-        elif self.state == self.WRITING and self.transport.get_write_buffer_size() < self.unsent:
-            self.unsent, self.deadline = self.transport.get_write_buffer_size(), now + self.write_seconds
-        else:
+        elif self.state != self.WRITING or not self.progressed():
             self.transport.abort()
 
     def _next(self, data: bytes = b"") -> None:
@@ -1154,18 +1180,24 @@ class Connection(asyncio.Protocol):
 
     def reply(self, handler: ProfileHandler) -> None:
         """Send an answer."""
-        self.server.answered.append(handler)
         if self.state == self.CLOSED:
+            handler.response, handler.cut_off = b"", CUT_OFF
+            self.server.answered.append(handler)
             return
         self.last = handler.close_connection
         self.transport.write(handler.response)
-        if self.state == self.ANSWERING and not (handler.close_connection or self.framer.inbox or self.ended):
+        if self.state == self.WRITING:
+            self.handler = handler
+            return
+        self.server.answered.append(handler)
+        if not (handler.close_connection or self.framer.inbox or self.ended):
             self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
-        elif self.state == self.ANSWERING:
+        else:
             self.resume_writing()
 
     def resume_writing(self) -> None:
         """Go on after an answer: with the next request, or close in two steps (RFC 9112, 9.6)."""
+        self._written(0)
         if self.last:
             self.state, self.deadline = self.LINGERING, time.monotonic() + self.linger_seconds
             self.end_at = time.monotonic() + self.write_seconds
@@ -1959,7 +1991,7 @@ def timestamp(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
-MAX_LINE_BYTES = 2048
+MAX_LINE_BYTES, CUT_OFF = 2048, ', "cut_off": true'
 _TELLING = ("first_error_code", "first_error_message", "http_status", "last_dispatched_to", "retry_reasons")
 
 
@@ -2025,7 +2057,8 @@ class Log:
                 traced = f', "trace_id": "{traced}"'
             lines.append(
                 f'{beginning}{handler.request_id}", "bytes": {len(handler.response)}, '
-                f'"duration_ms": {handler.seconds * 1000:.3f}, "client": "{handler.client}"{spent}{traced}}}\n'
+                f'"duration_ms": {handler.seconds * 1000:.3f}, "client": "{handler.client}"'
+                f"{spent}{traced}{handler.cut_off}}}\n"
             )
         data = "".join(lines).encode()
         if self._put_bytes - self._written_bytes + len(data) > self.bound_bytes:

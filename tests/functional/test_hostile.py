@@ -131,6 +131,9 @@ class TestTimeouts:
                 while data := client.recv(65536):
                     received += len(data)
             assert received > 0
+            while not (line := hasty.wait_for("request")).get("cut_off"):
+                pass
+            assert line["status"] == 200
 
     def test_a_slow_reader_is_not_cut_off_by_what_it_sends(self, database) -> None:
         """Half a request behind an answer that is being taken does not shorten the time to take it."""

@@ -166,7 +166,14 @@ def read_lines(reading: int, until: bytes = b"no such text") -> list[dict[str, A
 
 def answered(number: int) -> Any:
     """Return as much of a handler as a line needs."""
-    handler = {"route": "/api/v1/id/{id}", "command": "GET", "status": 200, "response": b"", "seconds": 0.001}
+    handler = {
+        "route": "/api/v1/id/{id}",
+        "command": "GET",
+        "status": 200,
+        "response": b"",
+        "cut_off": "",
+        "seconds": 0.001,
+    }
     handler |= {"client": "192.0.2.1", "operation": None, "headers": {}, "request_id": f"{number:09d}"}
     return SimpleNamespace(**handler)
 
