@@ -1086,7 +1086,7 @@ class Connection(asyncio.Protocol):
         self.transport.max_size = self.receive_bytes
         self.transport.set_write_buffer_limits(high=0)  # `pause_writing` means: not all of the answer is sent
         peer = transport.get_extra_info("peername")
-        self.address = peer[0].removeprefix("::ffff:") if peer else ""  # it may be gone already
+        self.address = peer[0].removeprefix("::ffff:").partition("%")[0] if peer else ""  # it may be gone already
         server.connections.add(self)
         server.clients += not self.internal
         if server.clients > server.settings.max_connections and not self.internal:
@@ -1219,6 +1219,7 @@ class Connection(asyncio.Protocol):
 # Pure functions of the handler's.
 
 DEFAULT_LIMIT, MAX_LIMIT, MAX_OFFSET = 100, 1000, 1_000_000_000
+_FORWARDED = re.compile(r"([0-9.]+)(?::[0-9]+)?|\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9A-Fa-f:.]+)")
 _PICTURE_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,31}")
 
 
@@ -1266,11 +1267,15 @@ def decode_picture(record: bytes) -> tuple[str, bytes]:
 
 
 def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, str]) -> str:
-    """Return the client's address: the last one that a trusted proxy has put into X-Forwarded-For, else the peer's."""
-    last = headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
+    """Return the client's address: of the peer and X-Forwarded-For the first, from the right, that is not trusted."""
     with contextlib.suppress(ValueError):
-        if last and any(ipaddress.ip_address(peer) in network for network in trusted):
-            return str(ipaddress.ip_address(last))
+        for entry in reversed(headers.get("x-forwarded-for", "").split(",")):
+            address = ipaddress.ip_address(peer)
+            found = _FORWARDED.fullmatch(entry.strip())  # what is no address, or has a zone, ends the search
+            if not found or not any(address in network for network in trusted):
+                break
+            address = ipaddress.ip_address(found[found.lastindex or 0])
+            peer = str(getattr(address, "ipv4_mapped", None) or address)
     return peer
 
 

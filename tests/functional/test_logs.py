@@ -99,10 +99,14 @@ def test_probes_and_scrapes_are_logged_at_debug_only(database) -> None:
         ("127.0.0.0/8", "192.0.2.7", "192.0.2.7"),
         ("127.0.0.1", "10.9.9.9, 2001:db8::1", "2001:db8::1"),
         ("127.0.0.1", '10.9.9.9, "} forged', "127.0.0.1"),
+        ("127.0.0.1", 'fe80::1%"', "127.0.0.1"),
         ("10.0.0.0/8", "192.0.2.7", "127.0.0.1"),
+        ("127.0.0.1,10.0.0.0/8", "198.51.100.1, 192.0.2.7:4711, 10.1.2.3", "192.0.2.7"),
     ],
 )
-def test_client_is_the_last_forwarded_by_a_trusted_proxy(database, trusted: str, forwarded: str, client: str) -> None:
+def test_client_is_the_first_from_the_right_that_is_no_trusted_proxy(
+    database, trusted: str, forwarded: str, client: str
+) -> None:
     with ServiceProcess(settings_for(database) | {"TRUSTED_PROXIES": trusted}) as service:
         service.get("/api/v1/id/1", database.token, X_Forwarded_For=forwarded)
         assert service.wait_for("request")["client"] == client
