@@ -376,7 +376,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         token, given = self.headers.get("x-access-token"), self.headers.get("authorization")
         if given is not None:
             scheme, _, credentials = given.partition(" ")
-            token = credentials.strip(" ") if scheme.lower() == "bearer" else None
+            token = credentials.strip(" ") if scheme.lower() == "bearer" else token  # another is for a proxy, say
         if token is None or not tokens.accepts(token, self.started):
             self.server.metrics.add("auth_failures_total")
             raise ProblemError(401, "a valid bearer token is required", "WWW-Authenticate: Bearer\r\n")
@@ -2424,8 +2424,9 @@ _ROUTES: tuple[tuple[str, str, str, str, str, str | _JSON], ...] = (
     ("operation", "openapi", "/openapi.json", "This document", "", {JSON_TYPE: {}}),
     ("operation", "docs", "/docs", "Swagger UI on this document", "Content-Security-Policy", {"text/html": {}}),
 )
+_OTHER_FIELD = "the same token; beside `Authorization: Bearer` it does not count"
 _SECURITY = {"bearer": {"type": "http", "scheme": "bearer"}, "token": {
-    "type": "apiKey", "in": "header", "name": "x-access-token", "description": "the same token"}}
+    "type": "apiKey", "in": "header", "name": "x-access-token", "description": _OTHER_FIELD}}
 # Without `validatorUrl: null` a validator on the internet would be told the document's URL.
 _SCRIPT = 'window.SwaggerUIBundle?.({url: "/openapi.json", dom_id: "#docs", validatorUrl: null, tryItOutEnabled: true})'
 # fmt: on

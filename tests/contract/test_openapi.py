@@ -89,6 +89,10 @@ def test_every_token_protected_route_says_so() -> None:
         assert ("401" in operation["responses"]) == path.startswith("/api/"), path
 
 
+def test_it_says_which_of_two_tokens_counts() -> None:
+    assert "`Authorization: Bearer`" in DOCUMENT["components"]["securitySchemes"]["token"]["description"]
+
+
 def test_every_status_of_the_code_is_described() -> None:
     """Each status that a ProblemError in the code is made with has an answer of its own among the components."""
     tree = ast.parse((ROOT / "micro_svc_demo.py").read_text(encoding="utf-8"))

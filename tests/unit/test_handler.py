@@ -182,6 +182,11 @@ class TestToken:
     def test_accepted(self, ask, field: str) -> None:
         assert ask("/api/v1/id/5", field).status == 200
 
+    @pytest.mark.parametrize("scheme", ["Basic dTpw", "Basic secret", "Negotiate", "Bearerx wrong", ""])
+    def test_another_scheme_is_not_for_this_service(self, ask, scheme: str) -> None:
+        """It may be a proxy's: x-access-token counts then."""
+        assert ask("/api/v1/id/5", f"Authorization: {scheme}", "x-access-token: secret").status == 200
+
     @pytest.mark.parametrize(
         "fields",
         [
@@ -196,6 +201,8 @@ class TestToken:
             ("x-access-token: wrong",),
             ("x-access-token:",),
             ("Authorization: Bearer wrong", "x-access-token: secret"),
+            ("Authorization: bearer", "x-access-token: secret"),
+            ("Authorization: Basic secret", "x-access-token: wrong"),
             ("Cookie: token=secret",),
         ],
     )
