@@ -149,9 +149,7 @@ class Settings:
     metrics_port: int | None = _row("9090", _PORT_OR_OFF, "where /metrics and the probes listen")
     threads: int = _row("8", _integer(1, 256), "query threads")
     max_connections: int = _row("10000", _integer(1, 1_000_000), "clients")
-    idle_seconds: int = _row(
-        "75", _integer(1, 86_400), "an idle connection is kept so long: longer than your load balancer's"
-    )
+    idle_seconds: int = _row("75", _integer(1, 86_400), "keeps idle clients for longer than your load balancer does")
     token_refresh_seconds: int = _row("30", _integer(1, 86_400), "how often the token is read again")
     shutdown_seconds: int = _row("20", _integer(0, 3600), "how long running requests may take to finish")
     cpu_affinity: str = _row("auto", _choice("auto or off"), "auto: pinned to one processor at a time, the least used")
@@ -246,9 +244,8 @@ def unavailable(detail: str, *, seconds: int = 1, rejected: str = "", **members:
 # but the store's `Get` and `Query`; `resume` steps it, once at the beginning and once for each result.
 
 JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+json", "text/html; charset=utf-8"
-CONTENT_POLICY = (
-    "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # opened as a page a picture may run nothing
-)
+# Opened as a page a picture may run nothing.
+CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox\r\n"
 ALLOW, REPLICA, MAX_KEY_BYTES = "Allow: GET, HEAD, OPTIONS\r\n", "X-Couchbase-Replica: true\r\n", 246
 _REJECTED = {**dict.fromkeys((400, 417, 501, 505), "malformed"), 414: "too_large", 431: "too_large", 408: "too_slow"}
 QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))  # logged at debug: probes and scrapes come by the second
@@ -2424,9 +2421,8 @@ _ROUTES: tuple[tuple[str, str, str, str, str, str | _JSON], ...] = (
     ("operation", "openapi", "/openapi.json", "This document", "", {JSON_TYPE: {}}),
     ("operation", "docs", "/docs", "Swagger UI on this document", "Content-Security-Policy", {"text/html": {}}),
 )
-_OTHER_FIELD = "the same token; beside `Authorization: Bearer` it does not count"
 _SECURITY = {"bearer": {"type": "http", "scheme": "bearer"}, "token": {
-    "type": "apiKey", "in": "header", "name": "x-access-token", "description": _OTHER_FIELD}}
+    "type": "apiKey", "in": "header", "name": "x-access-token", "description": "not beside `Authorization: Bearer`"}}
 # Without `validatorUrl: null` a validator on the internet would be told the document's URL.
 _SCRIPT = 'window.SwaggerUIBundle?.({url: "/openapi.json", dom_id: "#docs", validatorUrl: null, tryItOutEnabled: true})'
 # fmt: on
@@ -2494,8 +2490,8 @@ def docs_policy(assets_url: str) -> str:
         "Content-Security-Policy: default-src 'none'; "
         # whole URLs: an origin that hosts every package would allow any other script of its
         f"script-src {assets_url}/swagger-ui-bundle.js 'sha256-{own}'; style-src {assets_url}/swagger-ui.css; "
-        "img-src data: blob:; "  # the style sheet's icons; the pictures that come as answers
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
+        # the style sheet's icons, and the pictures that come as answers
+        "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
     )
 
 
