@@ -147,6 +147,7 @@ class Settings:
     metrics_port: int | None = _row("9090", _PORT_OR_OFF, "where /metrics and the probes listen")
     threads: int = _row("8", _integer(1, 256), "query threads")
     max_connections: int = _row("10000", _integer(1, 1_000_000), "clients")
+    idle_seconds: int = _row("75", _integer(1, 86_400), "keeps idle clients for longer than your load balancer does")
     token_refresh_seconds: int = _row("30", _integer(1, 86_400), "how often the token is read again")
     shutdown_seconds: int = _row("20", _integer(0, 3600), "how long running requests may take to finish")
     cpu_affinity: str = _row("auto", _choice("auto or off"), "auto: pinned to one processor at a time, the least used")
@@ -249,8 +250,11 @@ def unavailable(detail: str, *, seconds: int = 1, rejected: str = "", **members:
 
 JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+json", "text/html; charset=utf-8"
 CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # as a page a picture may run nothing
-ALLOW, REPLICA, MAX_KEY_BYTES = "Allow: GET, HEAD\r\n", "X-Couchbase-Replica: true\r\n", 246
-_REJECTED = {400: "malformed", 417: "malformed", 414: "too_large", 431: "too_large", 408: "too_slow"}
+ALLOW, REPLICA, MAX_KEY_BYTES = "Allow: GET, HEAD, OPTIONS\r\n", "X-Couchbase-Replica: true\r\n", 246
+_REJECTED = {**dict.fromkeys((400, 417, 501, 505), "malformed"), 414: "too_large", 431: "too_large", 408: "too_slow"}
+QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))  # logged at debug: probes and scrapes come by the second
+# Cache-Control of what is no problem, by route; that of documents is in `send`.
+_CACHED = {"/openapi.json": "no-cache", "/docs": "no-cache"} | dict.fromkeys(("", *QUIET_ROUTES), "no-store")
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 
@@ -263,6 +267,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
     headers: Mapping[str, str] = {}  # type: ignore[assignment]  # the base has others
     command = path = query = route = ""
     request_version, close_connection = "HTTP/1.1", True
+    cut_off = ""  # for the log, of an answer of which `response` has only what was sent
     _steps: Coroutine[Awaited, Any, None]
 
     def __init__(self, request: Head | ProblemError, connection: Connection, server: ProfileServer) -> None:
@@ -372,7 +377,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         token, given = self.headers.get("x-access-token"), self.headers.get("authorization")
         if given is not None:
             scheme, _, credentials = given.partition(" ")
-            token = credentials.strip(" ") if scheme.lower() == "bearer" else None
+            token = credentials.strip(" ") if scheme.lower() == "bearer" else token  # another is for a proxy, say
         if token is None or not tokens.accepts(token, self.started):
             self.server.metrics.add("auth_failures_total")
             raise ProblemError(401, "a valid bearer token is required", "WWW-Authenticate: Bearer\r\n")
@@ -406,30 +411,29 @@ class ProfileHandler(BaseHTTPRequestHandler):
         self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, problem.headers)
 
     def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, headers: str = "") -> None:
-        """Put the whole answer together; a 304 if `cas`, of which the ETag is made, is what the caller has.
+        """Put the whole answer together; a 304 or 412 by `cas`, of which the ETag is made (RFC 9110, 13.2.2).
 
         `headers` are further fields as they are sent, each with its line end.
         """
-        more = ""
+        server, given, framer = self.server, self.headers, self.connection.framer
         if cas is not None:
-            more = f'ETag: "{cas:x}"\r\n'
-            if "if-none-match" in self.headers and _names_tag(self.headers["if-none-match"], f'"{cas:x}"'):
+            tag = f'"{cas:x}"'
+            headers = f"ETag: {tag}\r\n{headers}"
+            if "if-match" in given and not _names_tag(given["if-match"], tag):
+                raise ProblemError(412, "the document has another ETag")
+            if "if-none-match" in given and _names_tag(given["if-none-match"], tag, f"W/{tag}"):
                 status, body, content_type = 304, b"", ""
         # of a 204 there is nothing to describe, and of a 304 the caller has it (RFC 9110, 8.6 and 15.4.5)
         typed = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n" if content_type else ""
-        framer = self.connection.framer
-        if framer.refused or (self.server.draining and not framer.partial):
+        if framer.refused or (server.draining and not framer.partial):
             self.close_connection = True
-        if self.close_connection:
-            more += "Connection: close\r\n"
-        elif self.request_version == "HTTP/1.0":
-            more += "Connection: keep-alive\r\n"
-        if self.command == "HEAD":
+        kept = "Connection: close\r\n" if self.close_connection else server.kept[self.request_version]
+        if self.command == "HEAD" or (not self.command and framer.refused_head):
             body = b""
-        cached = "Cache-Control: private, no-cache\r\n" if self.path.startswith("/api/") else ""
+        cached = "no-store" if status >= 400 else _CACHED.get(self.route, "private, no-cache")  # noqa: PLR2004
         head = (  # at once, which takes half the time of one field after the other
-            f"{_STATUS_LINES[status]}Date: {self.server.date}\r\nX-Request-ID: {self.request_id}\r\n"
-            f"X-Content-Type-Options: nosniff\r\n{typed}{cached}{more}{headers}\r\n"
+            f"{_STATUS_LINES[status]}Date: {server.date}\r\nX-Request-ID: {self.request_id}\r\n"
+            f"X-Content-Type-Options: nosniff\r\n{typed}Cache-Control: {cached}\r\n{kept}{headers}\r\n"
         )
         self.status, self.response = status, head.encode("latin-1") + body
         self.seconds = time.monotonic() - self.started
@@ -633,11 +637,13 @@ class ProfileServer(ThreadingHTTPServer):
         self.request_prefix = os.urandom(6).hex()  # with a number behind it, a request id that no other process makes
         self.request_numbers = itertools.count(1)
         self.connections: set[Connection] = set()
+        self.idle_seconds, timeout = settings.idle_seconds, f"Keep-Alive: timeout={settings.idle_seconds}\r\n"
+        self.kept = {"HTTP/1.1": timeout, "HTTP/1.0": f"Connection: keep-alive\r\n{timeout}"}  # fields, by version
         self.clients = 0  # connections but for those of the metrics port
         self.draining = self._is_ready = False
         self.date = http_date(int(time.time()))  # kept by `EndOfTurn`
         self.failure = ""  # what waiting cannot cure
-        self.answered: list[ProfileHandler] = []  # in this turn, which are still to be counted and logged
+        self.answered: list[ProfileHandler] = []  # in this turn, sent or cut off: still to be counted and logged
         self._stopping = asyncio.Event()
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self.metrics_socket = None if settings.metrics_port is None else self._listen(settings.metrics_port)
@@ -698,7 +704,7 @@ class ProfileServer(ThreadingHTTPServer):
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
         for connection in self.connections:
-            connection.transport.abort()
+            connection.abort()
 
     def service_actions(self) -> None:
         """Keep the connections' deadlines."""
@@ -832,16 +838,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 MAX_TARGET_BYTES, MAX_HEAD_BYTES, MAX_FIELDS, _MOST_REMEMBERED_BYTES = 8192, 16384, 100, 1024
 _END_OF_HEAD = b"\r\n\r\n"
-_REQUEST_LINE = re.compile(r"([A-Z][A-Z0-9_-]{0,31}) ([!-\"$-~]++) (HTTP/1\.[01])")  # possessive, so that it is linear
-_FIELD = re.compile(r"^([!#$%&'*+\-.^_`|~0-9A-Za-z]++): ?(.*)\r\n", re.MULTILINE)
+_REQUEST_LINE = re.compile(r"([A-Z][A-Z0-9_-]{0,31}) ([!-\"$-~]++) (HTTP/[0-9]\.[0-9])")  # possessive: it is linear
+_NAME_TEXT = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+_FIELD = re.compile(rf"^({_NAME_TEXT}): ?(.*)\r\n", re.MULTILINE)
+# Of transfer codings: chunked is the last one, or not among them.
+_CODINGS = re.compile(rf"(?:(?!chunked[ \t,]){_NAME_TEXT}[ \t]*,[ \t]*)*{_NAME_TEXT}", re.IGNORECASE)
 # What a head may be made of between its line ends, and what must be left of it without that.
 _TEXT = bytes(byte for byte in range(256) if byte == ord("\t") or (byte >= ord(" ") and byte != 0x7F))  # noqa: PLR2004
 _LINE_ENDS = b"\r\n" * MAX_HEAD_BYTES
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
-_AUTHORITY = re.compile(rf"(?:{_HOST})(?::[0-9]{{0,5}})?")
-# The forms of a target but for a path; the last two belong to one method each.
-_ABSOLUTE_FORM = re.compile(rf"(?i:https?)://({_AUTHORITY.pattern})((?:[/?].*)?)")
-_OTHER_FORMS = re.compile(rf"OPTIONS \* |CONNECT {_AUTHORITY.pattern} ")
+_AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?", re.ASCII)
+_ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?]+)(.*)")
 # What can still become a head: clients of other protocols need not wait for the time-out of one.
 _BEGINNING = re.compile(rb"(?:\r\n)?(?:[A-Z][A-Z0-9_-]{0,31}(?: |\Z)|\Z)|\r\Z")
 # Fields of which a second one would leave it open which of the two counts.
@@ -857,14 +864,25 @@ class Head(NamedTuple):
     fields: dict[str, str]
 
 
+def is_authority(text: str) -> bool:
+    """Tell whether it is a host, a name or an address, with or without a port (RFC 3986, 3.2.2 and 3.2.3)."""
+    found = _AUTHORITY.fullmatch(text)
+    with contextlib.suppress(ValueError):
+        return found is not None and (not found[1] or bool(ipaddress.IPv6Address(found[1])))
+    return False
+
+
 def parse_head(raw: bytes) -> Head:
-    """Parse one whole request head strictly; ProblemError: 400, 414, 417 or 431, and the connection cannot go on."""
+    """Parse one whole request head strictly; ProblemError: 400, 414, 417, 431 or 505, and the connection is done."""
     line, _, rest = raw.decode("latin-1").removeprefix("\r\n").partition("\r\n")
     if (ends := raw.translate(None, _TEXT)) != _LINE_ENDS[: len(ends)]:
         raise ProblemError(400, "a control character, or a line that ends with a bare CR or LF")
     if not (parts := _REQUEST_LINE.fullmatch(line)):
         raise ProblemError(400, "malformed request line")
     method, target, version = parts.groups()
+    if version[5] != "1":
+        raise ProblemError(505, "the only major version is HTTP/1")
+    version = "HTTP/1.0" if version == "HTTP/1.0" else "HTTP/1.1"  # which a later 1.x is read as (RFC 9110, 2.5)
     pairs = [(name.lower(), value.strip(" \t")) for name, value in _FIELD.findall(rest)]
     if len(pairs) != rest.count("\n") - 1 or not raw.endswith(_END_OF_HEAD):
         raise ProblemError(400, "malformed header field")
@@ -883,10 +901,11 @@ def parse_head(raw: bytes) -> Head:
     if len(pairs) > MAX_FIELDS or len(raw) > MAX_HEAD_BYTES:
         raise ProblemError(431, f"the head has more than {MAX_FIELDS} fields or {MAX_HEAD_BYTES} bytes")
     host = fields.get("host")
-    if (host is None and version == "HTTP/1.1") or (host and not _AUTHORITY.fullmatch(host)):
+    if (host is None and version == "HTTP/1.1") or (host and not is_authority(host)):
         raise ProblemError(400, "missing or malformed Host")
-    if target[0] != "/" and not _OTHER_FORMS.match(line):
-        if not (absolute := _ABSOLUTE_FORM.fullmatch(target)):
+    # the asterisk and the authority form belong to one method each
+    if target[0] != "/" and (method, target) != ("OPTIONS", "*") and not (method == "CONNECT" and is_authority(target)):
+        if not (absolute := _ABSOLUTE_FORM.fullmatch(target)) or not is_authority(absolute[1]):
             raise ProblemError(400, "the target is neither a path nor an absolute http URL")
         fields["host"] = absolute[1]  # its authority replaces Host (RFC 9112, 3.2.2)
         target = absolute[2] if absolute[2].startswith("/") else f"/{absolute[2]}"
@@ -896,10 +915,12 @@ def parse_head(raw: bytes) -> Head:
 
 
 def announces_body(head: Head) -> bool:
-    """Tell whether a body follows the head (RFC 9112, 6.3); 400 for framing that could be read in two ways."""
+    """Tell whether a body follows the head (RFC 9112, 6.3); 400 for framing that could be read in two ways, or 501."""
     length, coding = head.fields.get("content-length"), head.fields.get("transfer-encoding")
-    if coding is not None and (length is not None or head.version == "HTTP/1.0" or coding.lower() != "chunked"):
-        raise ProblemError(400, "Transfer-Encoding is not exactly chunked, or stands beside Content-Length")
+    if coding is not None and (length is not None or head.version == "HTTP/1.0" or not _CODINGS.fullmatch(coding)):
+        raise ProblemError(400, "malformed Transfer-Encoding, or beside Content-Length, or in HTTP/1.0")
+    if coding is not None and coding.lower() != "chunked":
+        raise ProblemError(501, "the only transfer coding is chunked")
     if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
         raise ProblemError(400, "malformed Content-Length")
     return coding is not None or int(length or 0) > 0
@@ -908,10 +929,11 @@ def announces_body(head: Head) -> bool:
 class Framer:
     """Cuts a client's bytes into whole request heads. What follows a malformed head, or one with a body, is dropped."""
 
-    __slots__ = ("_fields", "_parsed", "_scanned", "inbox", "refused")
+    __slots__ = ("_fields", "_parsed", "_scanned", "inbox", "refused", "refused_head")
 
     def __init__(self) -> None:
         self.inbox, self.refused = bytearray(), False  # what is not returned yet; whether nothing more is taken
+        self.refused_head = False  # whether what was refused is a HEAD, as far as it can be told
         self._scanned = 0  # how much of the inbox is known to hold no end of head
         self._fields = b""  # as they came with the last request of the common kind
         self._parsed: dict[str, str] = {}  # the same
@@ -955,10 +977,10 @@ class Framer:
                     self._check_beginning()
                     break
                 head = parse_head(bytes(self.inbox[:end]))
-                del self.inbox[:end]
-                self._scanned = 0
                 if announces_body(head):
                     self.refuse()
+                del self.inbox[:end]
+                self._scanned = 0
                 found.append(head)
         except ProblemError as problem:
             found.append(problem)
@@ -967,6 +989,7 @@ class Framer:
 
     def refuse(self) -> None:
         """Forget what is buffered and take no more."""
+        self.refused_head |= self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
         self.refused, self.inbox = True, bytearray()
 
     def _check_beginning(self) -> None:
@@ -989,7 +1012,8 @@ class Framer:
 # pauses when that is full.
 #
 #   state       waits for                          until its deadline        which moves it on
-#   READING     the next request, or its rest      IDLE 75 s, or HEAD 10 s   closed, or answered 408
+#   READING     the next request, or its rest      IDLE_SECONDS, or 10 s     closed, or answered 408
+#   EXCESS      its first bytes: HEAD or not?      the next look             answered 503, as there are too many clients
 #   ANSWERING   the store, for the answer          none: the store has its own time-outs
 #   WRITING     the client to take its answer      WRITE 30 s                closed, unless more has gone meanwhile
 #   LINGERING   the client's end                   LINGER 2 s without a byte closed
@@ -1038,20 +1062,21 @@ class EndOfTurn(selectors.DefaultSelector):
 class Connection(asyncio.Protocol):
     """A client: bytes in, one request at a time, bytes out."""
 
-    __slots__ = ("address", "deadline", "end_at", "ended", "framer", "internal", "last", "server", "state",
+    __slots__ = ("address", "deadline", "end_at", "ended", "framer", "handler", "internal", "last", "server", "state",
                  "transport", "unsent")  # fmt: skip
-    READING, ANSWERING, WRITING, LINGERING, CLOSED = range(5)
-    head_seconds, idle_seconds, write_seconds, linger_seconds = 10.0, 75.0, 30.0, 2.0
+    READING, EXCESS, ANSWERING, WRITING, LINGERING, CLOSED = range(6)
+    head_seconds, write_seconds, linger_seconds = 10.0, 30.0, 2.0
     receive_bytes = 16_384  # at a time
     buffered_bytes = 32_768  # behind the request that is being answered; then reading pauses
     transport: Any  # asyncio.Transport
     last: bool  # whether nothing follows the answer that is being written
-    unsent: int  # bytes of it, when that was looked at last
 
     def __init__(self, server: ProfileServer, *, internal: bool = False) -> None:  # internal: by the metrics port
         self.server, self.internal, self.framer = server, internal, Framer()
-        self.state, self.deadline = self.READING, time.monotonic() + self.idle_seconds
+        self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
         self.ended = False  # the client has sent its last byte
+        self.handler: ProfileHandler | None = None  # whose answer the client still takes
+        self.unsent = 0  # bytes of it, when that was looked at last
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the client in, unless there are too many."""
@@ -1059,16 +1084,22 @@ class Connection(asyncio.Protocol):
         self.transport.max_size = self.receive_bytes
         self.transport.set_write_buffer_limits(high=0)  # `pause_writing` means: not all of the answer is sent
         peer = transport.get_extra_info("peername")
-        self.address = peer[0].removeprefix("::ffff:") if peer else ""  # it may be gone already
+        self.address = peer[0].removeprefix("::ffff:").partition("%")[0] if peer else ""  # it may be gone already
         server.connections.add(self)
         server.clients += not self.internal
         if server.clients > (most := server.settings.max_connections) and not self.internal:
+            self.state, self.deadline = self.EXCESS, 0.0
             self.ended = server.clients > most + SPARE_DESCRIPTORS // 8  # the others take no descriptor for longer
-            self._answer(unavailable("too many connections", rejected="overloaded"))
+            if self.ended:
+                self._turn_away()
+
+    def _turn_away(self) -> None:
+        self._answer(unavailable("too many connections", rejected="overloaded"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client; what the store still brings for it is thrown away."""
         self.state, self.deadline = self.CLOSED, math.inf
+        self._written(self.unsent)
         self.server.connections.discard(self)
         self.server.clients -= not self.internal
 
@@ -1083,29 +1114,48 @@ class Connection(asyncio.Protocol):
             self.deadline = min(time.monotonic() + self.linger_seconds, self.end_at)
         else:
             self.framer.feed(data, 0)
+            if self.state == self.EXCESS:
+                self._turn_away()
             if len(self.framer.inbox) > self.buffered_bytes:
                 self.transport.pause_reading()
 
     def eof_received(self) -> bool:
         """Take note of the client's end; return whether it may still get answers (half-closed)."""
         self.ended = True
+        if self.state == self.EXCESS:
+            self._turn_away()
         if self.state == self.READING and self.framer.partial:
             self._answer(ProblemError(400, "the request ended before it was whole"))
         return self.state in {self.ANSWERING, self.WRITING}
 
     def pause_writing(self) -> None:
         """Take note that the client does not take all of its answer at once."""
-        self.state, self.deadline = self.WRITING, time.monotonic() + self.write_seconds
-        self.unsent = self.transport.get_write_buffer_size()
+        self.state, self.deadline = self.WRITING, 0.0  # for a look at each second, how much the client has taken
+        self.end_at, self.unsent = time.monotonic() + self.write_seconds, self.transport.get_write_buffer_size()
+
+    def _written(self, unsent: int) -> None:
+        """Have an answer that was not sent at once counted and logged; `unsent` bytes of it are cut off."""
+        if handler := self.handler:
+            if unsent:
+                handler.response, handler.cut_off = handler.response[:-unsent], CUT_OFF
+            self.server.answered.append(handler)
+            self.handler = None
 
     def expire(self, now: float) -> None:
         """End a state that has lasted too long."""
         if self.state == self.READING and self.framer.partial:
             self._answer(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
-        elif self.state == self.WRITING and self.transport.get_write_buffer_size() < self.unsent:
-            self.unsent, self.deadline = self.transport.get_write_buffer_size(), now + self.write_seconds
-        else:
-            self.transport.abort()
+        elif self.state == self.EXCESS:
+            self._turn_away()
+        elif self.state == self.WRITING and (unsent := self.transport.get_write_buffer_size()) < self.unsent:
+            self.end_at, self.unsent = now + self.write_seconds, unsent
+        elif self.state != self.WRITING or self.end_at <= now:
+            self.abort()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self.unsent = self.transport.get_write_buffer_size()
+        self.transport.abort()
 
     def _next(self, data: bytes = b"") -> None:
         """Begin to answer the next request if it is whole; else wait for the rest of it, or for another."""
@@ -1118,7 +1168,7 @@ class Connection(asyncio.Protocol):
         elif self.framer.partial and self.ended:
             self.eof_received()
         elif not was_partial:
-            self.deadline = time.monotonic() + (self.head_seconds if self.framer.partial else self.idle_seconds)
+            self.deadline = time.monotonic() + (self.head_seconds if self.framer.partial else self.server.idle_seconds)
             self.transport.resume_reading()
 
     def _answer(self, request: Head | ProblemError) -> None:
@@ -1131,18 +1181,24 @@ class Connection(asyncio.Protocol):
 
     def reply(self, handler: ProfileHandler) -> None:
         """Send an answer."""
-        self.server.answered.append(handler)
         if self.state == self.CLOSED:
+            handler.response, handler.cut_off = b"", CUT_OFF
+            self.server.answered.append(handler)
             return
         self.last = handler.close_connection
         self.transport.write(handler.response)
-        if self.state == self.ANSWERING and not (handler.close_connection or self.framer.inbox or self.ended):
-            self.state, self.deadline = self.READING, time.monotonic() + self.idle_seconds
-        elif self.state == self.ANSWERING:
+        if self.state == self.WRITING:
+            self.handler = handler
+            return
+        self.server.answered.append(handler)
+        if not (handler.close_connection or self.framer.inbox or self.ended):
+            self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
+        else:
             self.resume_writing()
 
     def resume_writing(self) -> None:
         """Go on after an answer: with the next request, or close in two steps (RFC 9112, 9.6)."""
+        self._written(0)
         if self.last:
             self.state, self.deadline = self.LINGERING, time.monotonic() + self.linger_seconds
             self.end_at = time.monotonic() + self.write_seconds
@@ -1158,13 +1214,14 @@ class Connection(asyncio.Protocol):
         elif self.ended:
             self.transport.close()
         else:
-            self.state, self.deadline = self.READING, time.monotonic() + self.idle_seconds
+            self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
 
 
 # ── Parts of requests and answers ─────────────────────────────────────────────────────────────────────────────────────
 # Pure functions of the handler's.
 
 DEFAULT_LIMIT, MAX_LIMIT, MAX_OFFSET = 100, 1000, 1_000_000_000
+_FORWARDED = re.compile(r"([0-9.]+)(?::[0-9]+)?|\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9A-Fa-f:.]+)")
 _PICTURE_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,31}")
 
 
@@ -1195,9 +1252,9 @@ def parse_page(query: str) -> tuple[int, int]:
     return values.get("limit", DEFAULT_LIMIT), values.get("offset", 0)
 
 
-def _names_tag(given: str, tag: str) -> bool:
-    """Tell whether If-None-Match names the tag, by weak comparison (RFC 9110, 8.8.3.2 and 13.1.2)."""
-    return given == "*" or tag in (item.strip().removeprefix("W/") for item in given.split(","))
+def _names_tag(given: str, *tags: str) -> bool:
+    """Tell whether If-Match or If-None-Match names one of the tags (RFC 9110, 13.1): by weak comparison also W/…."""
+    return given == "*" or any(item.strip() in tags for item in given.split(","))
 
 
 def decode_picture(record: bytes) -> tuple[str, bytes]:
@@ -1212,11 +1269,15 @@ def decode_picture(record: bytes) -> tuple[str, bytes]:
 
 
 def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, str]) -> str:
-    """Return the client's address: the last one that a trusted proxy has put into X-Forwarded-For, else the peer's."""
-    last = headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
+    """Return the client's address: of the peer and X-Forwarded-For the first, from the right, that is not trusted."""
     with contextlib.suppress(ValueError):
-        if last and any(ipaddress.ip_address(peer) in network for network in trusted):
-            return str(ipaddress.ip_address(last))
+        for entry in reversed(headers.get("x-forwarded-for", "").split(",")):
+            address = ipaddress.ip_address(peer)
+            found = _FORWARDED.fullmatch(entry.strip())  # what is no address, or has a zone, ends the search
+            if not found or not any(address in network for network in trusted):
+                break
+            address = ipaddress.ip_address(found[found.lastindex or 0])
+            peer = str(getattr(address, "ipv4_mapped", None) or address)
     return peer
 
 
@@ -1938,9 +1999,8 @@ def timestamp(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
-MAX_LINE_BYTES = 2048
+MAX_LINE_BYTES, CUT_OFF = 2048, ', "cut_off": true'
 _TELLING = ("first_error_code", "first_error_message", "http_status", "last_dispatched_to", "retry_reasons")
-QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))  # logged at debug: probes and scrapes come by the second
 
 
 class Log:
@@ -2011,7 +2071,8 @@ class Log:
                 traced = f', "trace_id": "{traced}"'
             lines.append(
                 f'{beginning}{handler.request_id}", "bytes": {len(handler.response)}, '
-                f'"duration_ms": {handler.seconds * 1000:.3f}, "client": "{handler.client}"{spent}{traced}}}\n'
+                f'"duration_ms": {handler.seconds * 1000:.3f}, "client": "{handler.client}"'
+                f"{spent}{traced}{handler.cut_off}}}\n"
             )
         data = "".join(lines).encode()
         if self._put_bytes - self._written_bytes + len(data) > self.bound_bytes:
@@ -2081,7 +2142,7 @@ class Family(NamedTuple):
 ROUTES = ("/api/v1/id/{id}", "/api/v1/nickname/{nickname}", "/api/v1/username/{username}", "/api/v1/picture/raw/{id}",
           "/api/v1/picture/record/{id}", "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "other")
 METHODS = ("GET", "HEAD", "OPTIONS", "other")
-STATUSES = (200, 204, 304, 400, 401, 404, 405, 408, 413, 414, 417, 422, 431, 500, 503, 504)
+STATUSES = (200, 204, 304, 400, 401, 404, 405, 408, 412, 413, 414, 417, 422, 431, 500, 501, 503, 504, 505)
 OPERATIONS = ("get", "get_multi", "get_any_replica", "lookup_in", "query")
 OUTCOMES = ("ok", "not_found", "timeout", "unavailable", "error")
 REASONS = ("malformed", "too_large", "too_slow", "overloaded", "not_ready")
@@ -2300,10 +2361,11 @@ class Processor:
 _JSON: TypeAlias = dict[str, Any]
 _DESCRIPTION = f"""User profiles and pictures out of Couchbase; documents are sent as stored.
 
-`HEAD` works wherever `GET` does, `OPTIONS` says which methods there are, and any other method is answered 405.
+`HEAD` works wherever `GET` does, `OPTIONS` says which methods there are; any other, known or not, is answered 405.
 Unknown query parameters are ignored. Errors are problem documents (RFC 9457). Header fields not listed below are
 `X-Request-ID`, to be quoted to the operator, the caller's if it matches `{_SANE_REQUEST_ID.pattern}`; HTTP's own;
-`X-Content-Type-Options: nosniff`; and `Cache-Control: private, no-cache` under `/api/` unless the head is refused."""
+`X-Content-Type-Options: nosniff`; and `Cache-Control`: `private, no-cache` for 200 and 304 under `/api/`, `no-cache`
+for this document and its page, else `no-store`."""
 # fmt: off
 _EXAMPLES: dict[str, _JSON] = {
     "Profile": {
@@ -2330,6 +2392,7 @@ _PARAMETERS: dict[str, _JSON] = {
     "limit": {"in": "query", "schema": dict(type="integer", minimum=1, maximum=MAX_LIMIT, default=DEFAULT_LIMIT)},
     "offset": {"in": "query", "schema": dict(type="integer", minimum=0, maximum=MAX_OFFSET, default=0)},
     # no example: Swagger UI would send it with every request that it tries out
+    "If-Match": {"in": "header", "description": "the ETag that it must have, or *", "schema": {"type": "string"}},
     "If-None-Match": {"in": "header", "description": "the ETag that the caller has", "schema": {"type": "string"}},
 }
 _FIELDS: dict[str, _JSON] = {  # of answers
@@ -2337,20 +2400,22 @@ _FIELDS: dict[str, _JSON] = {  # of answers
     "Link": {"example": '</api/v1/nickname/doc?limit=2&offset=2>; rel="next"', "description": "the next page, if any"},
     "X-Couchbase-Replica": {"example": "true", "description": "from a replica, which may lag; missing otherwise"},
     "Content-Security-Policy": {"example": "default-src 'none'; sandbox", "description": "what it may do as a page"},
-    "WWW-Authenticate": {"example": "Bearer"}, "Allow": {"example": "GET, HEAD"},
+    "WWW-Authenticate": {"example": "Bearer"}, "Allow": {"example": "GET, HEAD, OPTIONS"},
     "Retry-After": {"example": "1", "description": "in seconds"},
 }
 _ANSWERS = {  # all but the 200s: an example of the problem's detail, which a 304 has not
     304: "", 400: f"limit must be one number from 1 to {MAX_LIMIT}", 401: "a valid bearer token is required",
-    404: "no such document", 405: "POST is not supported", 408: "the request did not arrive in time",
+    404: "no such document", 412: "the document has another ETag",
+    405: "POST is not supported", 408: "the request did not arrive in time",
     413: "a request has no body here", 417: "the only expectation that can be met is 100-continue", 504: _TOO_SLOW,
     414: f"the target is longer than {MAX_TARGET_BYTES} bytes", 431: f"the head is longer than {MAX_HEAD_BYTES} bytes",
     422: "the picture record has no usable type or base64 image", 500: "unexpected failure", 503: "not ready",
+    501: "the only transfer coding is chunked", 505: "the only major version is HTTP/1",
 }
 _ANSWER_FIELDS = {304: "ETag X-Couchbase-Replica Content-Security-Policy", 401: "WWW-Authenticate", 405: "Allow",
                   503: "Retry-After"}
-_ANY_ROUTE = "400 408 413 414 417 431 500 503"
-_BY_ID = "id If-None-Match ETag X-Couchbase-Replica 304 401 404 504"
+_ANY_ROUTE = "400 408 413 414 417 431 500 501 503 505"
+_BY_ID = "id If-Match If-None-Match ETag X-Couchbase-Replica 304 401 404 412 504"
 _BY_NAME = "limit offset Link 401 404 504"
 # Tag, operation, path, summary; names of parameters, of the 200's header fields and of other answers; the 200's body:
 # a list with this schema, or its content as OpenAPI says it.
@@ -2372,7 +2437,7 @@ _ROUTES: tuple[tuple[str, str, str, str, str, str | _JSON], ...] = (
     ("operation", "docs", "/docs", "Swagger UI on this document", "Content-Security-Policy", {"text/html": {}}),
 )
 _SECURITY = {"bearer": {"type": "http", "scheme": "bearer"}, "token": {
-    "type": "apiKey", "in": "header", "name": "x-access-token", "description": "the same token"}}
+    "type": "apiKey", "in": "header", "name": "x-access-token", "description": "not beside `Authorization: Bearer`"}}
 # Without `validatorUrl: null` a validator on the internet would be told the document's URL.
 _SCRIPT = 'window.SwaggerUIBundle?.({url: "/openapi.json", dom_id: "#docs", validatorUrl: null, tryItOutEnabled: true})'
 # fmt: on
@@ -2440,8 +2505,8 @@ def docs_policy(assets_url: str) -> str:
         "Content-Security-Policy: default-src 'none'; "
         # whole URLs: an origin that hosts every package would allow any other script of its
         f"script-src {assets_url}/swagger-ui-bundle.js 'sha256-{own}'; style-src {assets_url}/swagger-ui.css; "
-        "img-src data: blob:; "  # the style sheet's icons; the pictures that come as answers
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
+        # the style sheet's icons, and the pictures that come as answers
+        "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
     )
 
 

@@ -43,8 +43,8 @@ class ImpatientService(ServiceProcess):
 @pytest.fixture(scope="module")
 def hasty(database) -> Iterator[ServiceProcess]:
     """The service with short time-outs."""
-    knobs = {"head_seconds": 0.5, "idle_seconds": 1.0, "write_seconds": 1.0, "linger_seconds": 0.3}
-    with ImpatientService(settings_for(database), **knobs) as running:
+    knobs = {"head_seconds": 0.5, "write_seconds": 1.0, "linger_seconds": 0.3}
+    with ImpatientService(settings_for(database) | {"IDLE_SECONDS": "1"}, **knobs) as running:
         yield running
 
 
@@ -73,7 +73,7 @@ def complaints(running: ServiceProcess) -> list[str]:
 
 
 HEAD = b"GET /api/v1/id/1 HTTP/1.1\r\nHost: a\r\n"
-HALVES = [b"G", b"GET /api", HEAD, HEAD + b"X: y", HEAD + b"\r", b"\r\nGET"]
+HALVES = [b"G", b"GET /api", b"HEAD /", HEAD, HEAD + b"X: y", HEAD + b"\r", b"\r\nGET"]
 
 
 class TestTimeouts:
@@ -84,7 +84,7 @@ class TestTimeouts:
             for client, half in zip(clients, HALVES, strict=True):
                 client.send(half)
             for client, half in zip(clients, HALVES, strict=True):
-                reply = client.answer()
+                reply = client.answer("HEAD" if half.startswith(b"HEAD") else "GET")
                 assert reply is not None and (reply.status, reply.headers["connection"]) == (408, "close"), half
                 client.wait_for_end()
 
@@ -112,7 +112,7 @@ class TestTimeouts:
         for before in (b"", b"\r\n", request("/healthz")):
             with Conversation(hasty.port) as client:
                 if before.startswith(b"GET"):
-                    client.ask(before)
+                    assert client.ask(before).headers["keep-alive"] == "timeout=1"
                 else:
                     client.send(before)
                 client.wait_for_end()
@@ -131,6 +131,9 @@ class TestTimeouts:
                 while data := client.recv(65536):
                     received += len(data)
             assert received > 0
+            while not (line := hasty.wait_for("request")).get("cut_off"):
+                pass
+            assert line["status"] == 200
 
     def test_a_slow_reader_is_not_cut_off_by_what_it_sends(self, database) -> None:
         """Half a request behind an answer that is being taken does not shorten the time to take it."""

@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from tests.emulator.process import EmulatorProcess
 from tests.load.clients import Conversation, request
 from tests.service import ROOT, ServiceProcess, settings_for
 
+ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 MEMBERS = {"time", "level", "message", "request_id", "method", "route", "status", "bytes", "duration_ms"}
 
@@ -98,13 +100,76 @@ def test_probes_and_scrapes_are_logged_at_debug_only(database) -> None:
         ("127.0.0.0/8", "192.0.2.7", "192.0.2.7"),
         ("127.0.0.1", "10.9.9.9, 2001:db8::1", "2001:db8::1"),
         ("127.0.0.1", '10.9.9.9, "} forged', "127.0.0.1"),
+        ("127.0.0.1", 'fe80::1%"', "127.0.0.1"),
         ("10.0.0.0/8", "192.0.2.7", "127.0.0.1"),
+        ("127.0.0.1,10.0.0.0/8", "198.51.100.1, 192.0.2.7:4711, 10.1.2.3", "192.0.2.7"),
     ],
 )
-def test_client_is_the_last_forwarded_by_a_trusted_proxy(database, trusted: str, forwarded: str, client: str) -> None:
+def test_client_is_the_first_from_the_right_that_is_no_trusted_proxy(
+    database, trusted: str, forwarded: str, client: str
+) -> None:
     with ServiceProcess(settings_for(database) | {"TRUSTED_PROXIES": trusted}) as service:
         service.get("/api/v1/id/1", database.token, X_Forwarded_For=forwarded)
         assert service.wait_for("request")["client"] == client
+
+
+@pytest.fixture(scope="module")
+def large(database) -> Iterator[str]:
+    """The path of a document that no socket's buffers take at once."""
+    settings = micro_svc_demo.read_settings([], settings_for(database))
+    cluster = micro_svc_demo.open_cluster(settings)
+    users = cluster.bucket(settings.couchbase_bucket).scope(settings.couchbase_scope).collection("user_data")
+    users.upsert("user_data:large", json.dumps({"x": "y" * 12_000_000}))
+    yield "/api/v1/id/large"
+    users.remove("user_data:large")
+    cluster.close()
+
+
+@pytest.mark.parametrize("end", ["reset", "stop"])
+def test_an_answer_that_is_cut_off_is_logged_as_that(database, large: str, end: str) -> None:
+    """With the bytes that the kernel took, when the client leaves or the service stops; one behind it not at all.
+
+    Of a client that leaves they are a second old at most.
+    """
+    with (
+        ServiceProcess(settings_for(database) | {"SHUTDOWN_SECONDS": "0", "COUCHBASE_TIMEOUT_MS": "10000"}) as service,
+        Conversation(service.port, 4096) as client,
+    ):
+        client.send(request(large, database.token) * 2)
+        received = 0
+        while received < 3_000_000:
+            received += len(client.socket.recv(65_536))
+        assert not [line for line in service.lines if line["message"] == "request"], "it is not sent yet"
+        if end == "stop":
+            assert service.stop() == 0
+        else:
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
+            client.socket.close()
+            service.wait_for("request")
+        [line] = [line for line in service.lines if line["message"] == "request"]
+    assert (line["status"], line["cut_off"]) == (200, True)
+    assert (received if end == "stop" else 0) < line["bytes"] < 12_000_000
+
+
+def test_an_answer_that_is_taken_slowly_is_logged_when_it_is_sent(database, large: str) -> None:
+    with (
+        ServiceProcess(settings_for(database) | {"COUCHBASE_TIMEOUT_MS": "10000"}) as service,
+        Conversation(service.port, 4096) as client,
+    ):
+        body = client.ask(request(large, database.token)).body
+        line = service.wait_for("request")
+        assert "cut_off" not in line and len(body) < line["bytes"] < len(body) + 1000
+
+
+def test_an_answer_to_a_client_that_is_gone_is_cut_off_whole(database, clean_faults: EmulatorProcess) -> None:
+    with ServiceProcess(settings_for(database)) as service, Conversation(service.port) as client:
+        clean_faults.fault("latency", ms=500, operation="get")
+        client.send(request("/api/v1/id/1", database.token))
+        wait_until(lambda: clean_faults.stats()["operations"].get("get", 0) > 0, 20, "it is asked for")
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
+        client.socket.close()
+        line = service.wait_for("request")
+    assert (line["status"], line["bytes"], line["cut_off"]) == (200, 0, True)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from tests.load.clients import Conversation, request
 from tests.service import Answer, ServiceProcess, settings_for
 
 CORPUS = Path(__file__).parent / "requests"
-REFUSALS = {400, 408, 413, 414, 417, 431}
+REFUSALS = {400, 408, 413, 414, 417, 431, 501, 505}
 TOKEN = "functional-tests"
 SMALL_BYTES = 6000  # up to this, every position is cut; in larger ones every position near the ends and the bounds
 CUTS = {65_536: (300, 97), 1 << 30: (50, 9973)}  # up to a size: bytes near each bound, and the stride, a prime
@@ -135,7 +135,7 @@ def test_answers(single: ServiceProcess, case: Case) -> None:
     if case.refused:
         assert lines[-2]["route"] == "-", "it was routed"
         assert (lines[-2]["method"] == "-") == (case.answers[-1] != 413)  # of a head with a body it is known
-        assert replies[-1].headers["connection"] == "close"
+        assert (replies[-1].headers["connection"], replies[-1].headers["cache-control"]) == ("close", "no-store")
     if case.routes:
         assert [line["route"] for line in lines[:-1]] == case.routes
 

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import shutil
+import subprocess
 from collections import defaultdict
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +17,7 @@ from PIL import Image
 import micro_svc_demo
 from tests import sample_data
 from tests.functional.conftest import COUNT
+from tests.load.hostile import open_connections
 from tests.service import ServiceProcess, settings_for
 
 SEED = sample_data.DEFAULT_SEED
@@ -184,6 +187,33 @@ def test_etag_follows_the_document(service: ServiceProcess, database, scope) -> 
         users.remove("user_data:changing")
 
 
+FETCHES = """
+const [port, token] = process.argv.slice(1);
+const url = `http://127.0.0.1:${port}/api/v1/id/1`, headers = {Authorization: `Bearer ${token}`};
+for (const [method, fields, status] of [["GET", {"If-None-Match": "*"}, 304], ["OPTIONS", {}, 204], ["HEAD", {}, 200]])
+  for (let number = 0; number < 300; number++) {
+    const answer = await fetch(url, {method, headers: {...headers, ...fields}});
+    if (answer.status !== status || await answer.text() !== "") process.exit(1);
+  }
+console.log("done");
+process.stdin.resume();
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node, for its fetch")
+def test_answers_without_a_body_leave_the_connection_to_the_next(service: ServiceProcess, database) -> None:
+    """Node's fetch, while it runs, has few connections open after hundreds of 304s, 204s and answers to HEAD."""
+    command = ["node", "--input-type=module", "--eval", FETCHES, "--", str(service.port), database.token]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as node:
+        assert node.stdin and node.stdout
+        try:
+            assert node.stdout.readline() == b"done\n"
+            assert open_connections(service) < 10
+        finally:
+            node.stdin.close()
+            node.kill()
+
+
 @pytest.mark.parametrize(
     "path", ["/api/v1/id/0", "/api/v1/id/none", "/api/v1/nickname/nobody", "/api/v1/picture/record/0"]
 )
@@ -227,7 +257,7 @@ def test_head(service: ServiceProcess, database) -> None:
 def test_other_methods_are_405(service: ServiceProcess, database) -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH"):
         answer = service.request(method, "/api/v1/id/1", database.token)
-        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
 def test_probes_and_metrics(service: ServiceProcess) -> None:

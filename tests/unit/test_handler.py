@@ -182,6 +182,11 @@ class TestToken:
     def test_accepted(self, ask, field: str) -> None:
         assert ask("/api/v1/id/5", field).status == 200
 
+    @pytest.mark.parametrize("scheme", ["Basic dTpw", "Basic secret", "Negotiate", "Bearerx wrong", ""])
+    def test_another_scheme_is_not_for_this_service(self, ask, scheme: str) -> None:
+        """It may be a proxy's: x-access-token counts then."""
+        assert ask("/api/v1/id/5", f"Authorization: {scheme}", "x-access-token: secret").status == 200
+
     @pytest.mark.parametrize(
         "fields",
         [
@@ -196,6 +201,8 @@ class TestToken:
             ("x-access-token: wrong",),
             ("x-access-token:",),
             ("Authorization: Bearer wrong", "x-access-token: secret"),
+            ("Authorization: bearer", "x-access-token: secret"),
+            ("Authorization: Basic secret", "x-access-token: wrong"),
             ("Cookie: token=secret",),
         ],
     )
@@ -204,7 +211,7 @@ class TestToken:
         answer = ask(path, *fields)
         assert answer.status == 401
         assert answer.headers["www-authenticate"] == "Bearer"
-        assert answer.headers["cache-control"] == "private, no-cache"
+        assert answer.headers["cache-control"] == "no-store"
         assert shelf.asked == []
 
     def test_not_needed_elsewhere(self, ask) -> None:
@@ -222,8 +229,29 @@ class TestConditional:
     def test_modified(self, ask) -> None:
         assert ask("/api/v1/id/5", BEARER, 'If-None-Match: "20"').status == 200
 
-    def test_a_missing_document_stays_missing(self, ask) -> None:
-        assert ask("/api/v1/id/6", BEARER, "If-None-Match: *").status == 404
+    @pytest.mark.parametrize("path", ["/api/v1/id/5", "/api/v1/picture/record/5", "/api/v1/picture/raw/5"])
+    @pytest.mark.parametrize("method", ["GET", "HEAD"])
+    def test_not_the_one_that_must_match(self, ask, path: str, method: str) -> None:
+        """Only If-Match's list counts, compared strongly: a weak tag never matches (RFC 9110, 13.1.1)."""
+        tag = ask(path, BEARER).headers["etag"]
+        for tags in ('"zz"', f"W/{tag}", tag[:-1], f'"0", W/{tag}', ""):
+            assert ask(path, BEARER, f"If-Match: {tags}", method=method).status == 412, tags
+        for tags in (tag, f'"0" ,{tag}', f"W/{tag},{tag}", "*"):
+            assert ask(path, BEARER, f"If-Match: {tags}", method=method).status == 200, tags
+
+    def test_if_match_comes_first(self, ask) -> None:
+        """In the order of RFC 9110, 13.2.2."""
+        for tag, status in (('"0"', 412), ('"1f"', 304)):
+            assert ask("/api/v1/id/5", BEARER, f"If-Match: {tag}", 'If-None-Match: "1f"').status == status
+
+    def test_the_answer_without_it_comes_before(self, ask, shelf) -> None:
+        """A missing document stays missing; what has no ETag has no precondition (RFC 9110, 13.2.1)."""
+        shelf.rows = [b"{}"]
+        for condition in ("If-None-Match: *", 'If-Match: "0"'):
+            assert ask("/api/v1/id/6", BEARER, condition).status == 404
+            assert ask("/api/v1/id/5", condition).status == 401
+            assert ask("/api/v1/nickname/x", BEARER, condition).status == 200
+            assert ask("/healthz", condition).status == 200
 
 
 @pytest.mark.parametrize(
@@ -236,10 +264,48 @@ def test_head_is_get_without_the_body(ask, path: str) -> None:
     assert got.headers | {"date": ""} == headed.headers | {"date": ""}
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "M-SEARCH"])
+@pytest.mark.parametrize(
+    ("path", "field", "status"),
+    [("/#", "A: b", 400), ("/", "Content-Length: x", 400), ("/", "Content-Length: 5", 413), ("/", "Expect: x", 417)]
+    + [("/" + "x" * service.MAX_TARGET_BYTES, "A: b", 414), ("/", "A: " + "b" * service.MAX_HEAD_BYTES, 431)],
+)
+def test_a_refused_head_has_no_body_but_its_length(ask, path: str, field: str, status: int) -> None:
+    got, headed = ask(path, field), ask(path, field, method="HEAD")
+    assert (got.status, headed.status, headed.body) == (status, status, b"")
+    assert headed.headers["content-length"] == str(len(got.body))
+
+
+@pytest.mark.parametrize(("first", "has_body"), [(b"HEAD /", False), (b"GET /", True), (b"", True), (None, True)])
+def test_a_client_too_many_is_told_as_its_first_bytes_want(
+    server: service.ProfileServer, first: bytes | None, has_body: bool
+) -> None:
+    """Whether it sends some, its end (`b""`), or nothing for a while; and it is told once."""
+
+    async def answered() -> bytes:
+        server.clients, written = server.settings.max_connections, asyncio.Event()
+        connection, transport = service.Connection(server), Mock()
+        transport.get_extra_info.return_value = ("192.0.2.1", 1)
+        transport.write.side_effect = lambda _: written.set()
+        connection.connection_made(transport)
+        transport.write.assert_not_called()
+        if first:
+            connection.data_received(first)
+        elif first is not None:
+            connection.eof_received()
+        else:
+            connection.expire(connection.deadline)
+        await written.wait()
+        transport.write.assert_called_once()
+        return transport.write.call_args.args[0]
+
+    answer = parse(asyncio.run(answered()))
+    assert (answer.status, answer.headers["connection"], bool(answer.body)) == (503, "close", has_body)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "M-SEARCH", "NOBODY_KNOWS"])
 def test_other_methods_are_405(ask, method: str) -> None:
     answer = ask("/api/v1/id/5", BEARER, method=method)
-    assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+    assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
 def test_every_answer_has_the_common_fields(ask) -> None:
@@ -254,6 +320,36 @@ def test_every_answer_has_the_common_fields(ask) -> None:
             assert set(problem) == {"title", "status", "detail", "request_id"}
             assert problem["status"] == answer.status
             assert problem["request_id"] == answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status", "cached"),
+    [
+        ("/api/v1/id/5", [BEARER], 200, "private, no-cache"),
+        ("/api/v1/id/5", [BEARER, "If-None-Match: *"], 304, "private, no-cache"),
+        ("/api/v1/picture/raw/5?x", [BEARER], 200, "private, no-cache"),
+        ("/api/v1/id/5", [BEARER, 'If-Match: "0"'], 412, "no-store"),
+        ("/api/v1/id/6", [BEARER], 404, "no-store"),
+        ("/api/v1/id/5", [], 401, "no-store"),
+        ("/openapi.json?x", [], 200, "no-cache"),
+        ("/docs", [], 200, "no-cache"),
+        ("/healthz?x", [], 200, "no-store"),
+        ("/readyz", [], 200, "no-store"),
+        ("/metrics", [], 200, "no-store"),
+        ("/nope", [], 404, "no-store"),
+        ("/docs", ["Content-Length: 5"], 413, "no-store"),
+        ("/docs#", [], 400, "no-store"),
+    ],
+)
+def test_what_a_cache_may_keep(ask, path: str, fields: list[str], status: int, cached: str) -> None:
+    for method in ("GET", "HEAD"):
+        answer = ask(path, *fields, method=method, internal=path == "/metrics")
+        assert (answer.status, answer.headers["cache-control"]) == (status, cached)
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "POST"])
+def test_what_is_no_document_may_not_be_kept(ask, method: str) -> None:
+    assert ask("/api/v1/id/5", BEARER, method=method).headers["cache-control"] == "no-store"
 
 
 def test_request_id_is_the_callers_if_sane(ask) -> None:
@@ -278,8 +374,12 @@ def test_request_id_is_the_callers_if_sane(ask) -> None:
     ],
 )
 def test_connection(ask, version: str, option: str, closes: str | None) -> None:
+    """A kept one's answers say for how long it is kept when idle."""
     fields = [option] if option else []
-    assert ask("/healthz", *fields, version=version).headers.get("connection") == closes
+    for path in ("/healthz", "/api/v1/id/5", "/nope"):
+        answer = ask(path, *fields, version=version)
+        assert answer.headers.get("connection") == closes
+        assert answer.headers.get("keep-alive") == (None if closes == "close" else "timeout=75")
 
 
 def test_malformed_request_is_answered_and_closes(ask) -> None:

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 import micro_svc_demo as service
 
-REFUSALS = {400, 414, 417, 431}
+REFUSALS = {400, 414, 417, 431, 501, 505}
 EXAMPLES = 400
 
 # ── What is sent: requests of parts that are mostly right, and bytes that are put into them ─────────────────────────
 
 WORDS = [b"GET", b"HEAD", b"OPTIONS", b"POST"]
 TARGETS = [b"/", b"/api/v1/id/1?a=b", b"/%zz", b"http://b:81/p?q", b"HTTP://b", b"https://[::1]?x"]
-VERSIONS = [b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.0"]
+VERSIONS = [b"HTTP/1.1"] * 4 + [b"HTTP/1.0"] * 2 + [b"HTTP/1.2"]
 LINES = [
     b"OPTIONS * HTTP/1.1",
     b"CONNECT a:80 HTTP/1.1",
@@ -46,12 +46,15 @@ HARMLESS = [
 ]
 HARMFUL = [
     b"Host: [::1]:80",
+    b"Host: [1::2::]",
+    b"Host: a~b!$&'()*+,;=%41",
     b"host:",
     b"Content-Length: 5",
     b"Content-Length: 05",
     b"Content-Length: 5, 5",
     b"Transfer-Encoding: chunked",
     b"Transfer-Encoding: Chunked",
+    b"Transfer-Encoding: gzip, chunked",
     b"Transfer_Encoding: chunked",
     b"Expect: tea",
 ]
@@ -439,6 +442,11 @@ DIFFERENCES = {
         lambda raw, head: re.match(rb"(?:\r\n)?[A-Z][A-Z0-9_-]* (?i:https?)://", raw) is not None,
         rewrite=_absolute,
     ),
+    "version": Difference(
+        "a later minor version is read as HTTP/1.1 (RFC 9110, 2.5); h11 hands it on",
+        lambda raw, head: re.match(rb"(?:\r\n)?[^\r\n]* HTTP/1\.[2-9]\r\n", raw) is not None,
+        rewrite=lambda second: second._replace(version="HTTP/1.1"),
+    ),
     "coding": Difference(
         "codings have no case (RFC 9112, 7); h11 hands `chunked` on in lower case, the service as it was sent",
         lambda raw, head: head.fields.get("transfer-encoding", "chunked") != "chunked",
@@ -482,6 +490,7 @@ def compare(raw: bytes) -> set[str]:
 LISTED = {
     "empty line": b"\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
     "absolute form": b"GET http://b:81?q HTTP/1.1\r\nHost: a\r\n\r\n",
+    "version": b"GET / HTTP/1.2\r\nHost: a\r\n\r\n",
     "coding": b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: cHUNKED\r\n\r\n0\r\n\r\n",
 }
 

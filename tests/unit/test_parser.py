@@ -1,5 +1,7 @@
 """The HTTP/1.1 parser and framer: raw bytes in, heads or a problem out."""
 
+import ipaddress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,7 +64,6 @@ class TestHead:
             b"GET\t/ HTTP/1.1",
             b"GET / HTTP/1.1 ",
             b"GET /",
-            b"GET / HTTP/2.0",
             b"GET / HTTP/1.10",
             b"GET / HTTP/01.1",
             b"GET / http/1.1",
@@ -81,6 +82,13 @@ class TestHead:
     )
     def test_malformed_request_line(self, line: bytes) -> None:
         assert refused(line + b"\r\nHost: a\r\n\r\n") == 400
+
+    def test_versions(self) -> None:
+        """Another major version is refused as such, a later minor one read as the latest that is known."""
+        for major in (0, 2, 3, 9):
+            assert refused(b"GET / HTTP/%d.1\r\n\r\n" % major) == 505
+        for minor in range(2, 10):
+            assert service.parse_head(b"GET / HTTP/1.%d\r\nHost: a\r\n\r\n" % minor).version == "HTTP/1.1"
 
     @pytest.mark.parametrize(
         "field",
@@ -106,6 +114,14 @@ class TestHead:
     def test_malformed_field(self, field: bytes) -> None:
         assert refused(b"GET / HTTP/1.1\r\n" + field + b"\r\nHost: a\r\n\r\n") == 400
 
+    @given(st.ip_addresses(v=6), st.none() | st.integers(0, 65535))
+    def test_every_ipv6_address_is_a_host(self, address: ipaddress.IPv6Address, port: int | None) -> None:
+        suffix = "" if port is None else f":{port}"
+        for text in (str(address), address.exploded, str(address).upper()):
+            assert service.is_authority(f"[{text}]{suffix}")
+            assert not service.is_authority(f"[{text}]{suffix}0x")
+            assert not service.is_authority(f"[{text}:0]{suffix}") or "::" in text
+
     def test_bounds(self) -> None:
         """Up to the bound is taken, one more is refused."""
         raw = b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -123,7 +139,7 @@ class TestHead:
         try:
             head = service.parse_head(raw)
         except service.ProblemError as problem:
-            assert problem.status in {400, 414, 431}
+            assert problem.status in {400, 414, 431, 505}
         else:
             assert head.target.startswith("/")
 
@@ -154,8 +170,12 @@ class TestBody:
             b"Content-Length: 1111111111111111111\r\n",
             b"Transfer-Encoding: chunked\r\nContent-Length: 1\r\n",
             b"Transfer-Encoding: chunked\r\nContent-Length: 0\r\n",
-            b"Transfer-Encoding: gzip, chunked\r\n",
-            b"Transfer-Encoding: identity\r\n",
+            b"Transfer-Encoding: gzip\r\nContent-Length: 1\r\n",
+            b"Transfer-Encoding: chunked, gzip\r\n",
+            b"Transfer-Encoding: chunked, chunked\r\n",
+            b"Transfer-Encoding: gzip,\r\n",
+            b"Transfer-Encoding: , gzip\r\n",
+            b"Transfer-Encoding: gz ip\r\n",
             b"Transfer-Encoding:\r\n",
         ],
     )
@@ -163,6 +183,12 @@ class TestBody:
         with pytest.raises(service.ProblemError) as raised:
             self.announced(fields)
         assert raised.value.status == 400
+
+    @pytest.mark.parametrize("codings", [b"gzip", b"gzip, chunked", b"gzip ,\tbr,Chunked", b"identity", b"chunkedx"])
+    def test_unknown_transfer_codings_are_501(self, codings: bytes) -> None:
+        with pytest.raises(service.ProblemError) as raised:
+            self.announced(b"Transfer-Encoding: %b\r\n" % codings)
+        assert raised.value.status == 501
 
     def test_transfer_encoding_in_http_1_0_is_refused(self) -> None:
         with pytest.raises(service.ProblemError) as raised:

@@ -1,6 +1,7 @@
 """The small pure parts: paging, percent-decoding, tokens, back-off, problems, tags, dates; and the log."""
 
 import contextlib
+import ipaddress
 import itertools
 import json
 import os
@@ -128,11 +129,53 @@ class TestProblem:
 class TestTag:
     @pytest.mark.parametrize("given_tags", ["*", '"1f"', 'W/"1f"', '"0", "1f"', '"0",W/"1f" ,"2"'])
     def test_matches(self, given_tags: str) -> None:
-        assert service._names_tag(given_tags, '"1f"')
+        assert service._names_tag(given_tags, '"1f"', 'W/"1f"')
 
-    @pytest.mark.parametrize("given_tags", ["", '"1F"', "1f", '"1f', '"11f"'])
+    @pytest.mark.parametrize("given_tags", ["", '"1F"', "1f", '"1f', '"11f"', 'w/"1f"', 'W/W/"1f"'])
     def test_does_not_match(self, given_tags: str) -> None:
-        assert not service._names_tag(given_tags, '"1f"')
+        assert not service._names_tag(given_tags, '"1f"', 'W/"1f"')
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "client"),
+    [
+        ("", "10.0.0.1"),
+        ("192.0.2.7", "192.0.2.7"),
+        ("198.51.100.1, 192.0.2.7", "192.0.2.7"),
+        ("198.51.100.1,192.0.2.7 ,10.0.0.3,\t10.0.0.2", "192.0.2.7"),
+        ("10.0.0.4, 10.0.0.3", "10.0.0.4"),
+        ("192.0.2.7:4711", "192.0.2.7"),
+        ("[2001:db8::1]:4711", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("2001:DB8:0::1", "2001:db8::1"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("192.0.2.7, [::ffff:10.0.0.3]:80", "192.0.2.7"),
+        ("192.0.2.7, fd00::1", "192.0.2.7"),
+        ('fe80::1%"', "10.0.0.1"),
+        ("fe80::1%eth0", "10.0.0.1"),
+        ("[fe80::1%1]:80", "10.0.0.1"),
+        ("192.0.2.7, unknown, 10.0.0.3", "10.0.0.3"),
+        ("192.0.2.7, , 10.0.0.3", "10.0.0.3"),
+        ("192.0.2.7,", "10.0.0.1"),
+        ("192.0.2.7:port", "10.0.0.1"),
+        ("192.0.2.256", "10.0.0.1"),
+        ("2001:db8::1::", "10.0.0.1"),
+        ("[192.0.2.7", "10.0.0.1"),
+        ('"192.0.2.7"', "10.0.0.1"),
+    ],
+)
+def test_client_behind_trusted_proxies(forwarded: str, client: str) -> None:
+    """From the right the first that is not trusted; what is no address ends the search."""
+    trusted = [ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8")]
+    assert service.client_behind(trusted, "10.0.0.1", {"x-forwarded-for": forwarded}) == client
+    for peer in ("192.0.2.1", "2001:db8::2", ""):
+        assert service.client_behind(trusted, peer, {"x-forwarded-for": forwarded}) == peer
+
+
+@given(st.text() | st.lists(st.text('0123456789abcdef:.%[], "', max_size=20), max_size=4).map(",".join))
+def test_a_client_is_an_address_whatever_is_forwarded(forwarded: str) -> None:
+    client = service.client_behind([ipaddress.ip_network("0.0.0.0/0")], "10.0.0.1", {"x-forwarded-for": forwarded})
+    assert str(ipaddress.ip_address(client)) == client and "%" not in client
 
 
 def test_date_of_an_answer() -> None:
@@ -166,7 +209,14 @@ def read_lines(reading: int, until: bytes = b"no such text") -> list[dict[str, A
 
 def answered(number: int) -> Any:
     """Return as much of a handler as a line needs."""
-    handler = {"route": "/api/v1/id/{id}", "command": "GET", "status": 200, "response": b"", "seconds": 0.001}
+    handler = {
+        "route": "/api/v1/id/{id}",
+        "command": "GET",
+        "status": 200,
+        "response": b"",
+        "cut_off": "",
+        "seconds": 0.001,
+    }
     handler |= {"client": "192.0.2.1", "operation": None, "headers": {}, "request_id": f"{number:09d}"}
     return SimpleNamespace(**handler)
 

@@ -21,7 +21,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     settings = read()
     assert (settings.couchbase_bucket, settings.couchbase_scope) == ("sample_app", "profiles")
     assert (settings.port, settings.metrics_port) == (8080, 9090)
-    assert (settings.threads, settings.max_connections) == (8, 10_000)
+    assert (settings.threads, settings.max_connections, settings.idle_seconds) == (8, 10_000, 75)
     assert (settings.couchbase_timeout_ms, settings.couchbase_query_timeout_ms) == (2500, 5000)
     assert (settings.token_refresh_seconds, settings.shutdown_seconds) == (30, 20)
     assert (settings.couchbase_tls, settings.couchbase_tls_verify, settings.couchbase_tls_ca) == (True, True, None)
@@ -37,6 +37,7 @@ def test_flag_wins_over_environment_wins_over_default() -> None:
 def test_flags_are_the_names_in_lower_case_without_service() -> None:
     assert read("--port", "0").port == 0
     assert read("--access-log", "false").access_log is False
+    assert read("--idle-seconds", "86400").idle_seconds == 86400
     assert read("--couchbase-host", "other").couchbase_host == "other"
 
 
@@ -87,6 +88,8 @@ def test_connection_string(environ: dict[str, str], connection_string: str) -> N
         ("THREADS", "+8"),
         ("THREADS", "٨"),
         ("MAX_CONNECTIONS", "0"),
+        ("IDLE_SECONDS", "0"),
+        ("IDLE_SECONDS", "86401"),
         ("TOKEN_REFRESH_SECONDS", "0"),
         ("SHUTDOWN_SECONDS", "1.5"),
         ("LOG_LEVEL", "loud"),
