@@ -445,7 +445,9 @@ PROFILES_BY_NICKNAME, PROFILES_BY_USERNAME = (
     for name in _INDEXED
 )
 PROVISION = "create the schema: python -m tests.sample_data --help"
-MISSING_INDEX = "; ".join(f"CREATE INDEX by_{name} IF NOT EXISTS ON `{USERS}`({name})" for name in _INDEXED)
+# Statements to be pasted one by one; the last one for indexes that are there, but were made with `defer_build`.
+MISSING_INDEX = "".join(f"CREATE INDEX by_{name} IF NOT EXISTS ON `{USERS}`({name})\n" for name in _INDEXED)
+MISSING_INDEX += f"BUILD INDEX ON `{USERS}`({', '.join(f'by_{name}' for name in _INDEXED)})"
 
 
 class FatalError(Exception):
@@ -507,18 +509,24 @@ _NO_BUCKET = (cb.BucketNotFoundException, cb.BucketDoesNotExistException)
 _UNKNOWN = (cb.ScopeNotFoundException, cb.CollectionNotFoundException, cb.KeyspaceNotFoundException)
 _NO_SCHEMA = Failure(_UNKNOWN, 500, _SCHEMA, PROVISION)
 _NO_INDEX = Failure((cb.QueryIndexNotFoundException,), 500, _SCHEMA, MISSING_INDEX)
+_NO_ACCESS = Failure((cb.AuthenticationException,), 503, _OUT_OF_REACH, _REFUSED, outage=True)
+_COME_AGAIN = Failure(_OUTAGES, 503, _OUT_OF_REACH, outage=True)
 # In this order: the first row that fits counts.
 FAILURES = (
     Failure((cb.DocumentNotFoundException,), 404, "no such document"),
     Failure(_TIMEOUTS, 504, _TOO_SLOW, outage=True),
-    Failure((cb.AuthenticationException,), 503, _OUT_OF_REACH, _REFUSED, outage=True),
-    Failure(_OUTAGES, 503, _OUT_OF_REACH, outage=True),
+    _NO_ACCESS,
+    _COME_AGAIN,
     Failure((cb.DocumentLockedException,), 503, "the document is locked"),
     Failure(_NO_BUCKET, 503, _OUT_OF_REACH, f"the bucket is gone: create it again, then {PROVISION}", outage=True),
     _NO_SCHEMA,
     _NO_INDEX,
     Failure((cb.ValueFormatException,), 500, "the document is not JSON", "store this document as JSON"),
 )
+# By the query service's code: indexes or data that are out of reach, and statements whose plan has changed meanwhile.
+_BY_CODE = dict.fromkeys((4080, 4090, 12008, 12009, 12015, 12020, *range(14000, 15000)), _COME_AGAIN)
+_BY_CODE |= {2120: _NO_ACCESS, 4000: _NO_INDEX, 12003: _NO_SCHEMA, 12021: _NO_SCHEMA}
+_RETRY = re.compile(r'"retry"\s*:\s*true')
 UNEXPECTED = Failure((), 500, "unexpected failure", "not foreseen: see the error")
 
 
@@ -526,12 +534,16 @@ def failure_of(error: BaseException) -> Failure:
     """Return the row of the failure map for an exception."""
     if type(error) is cb.DocumentNotFoundException:  # by far the most frequent
         return FAILURES[0]
-    context = error_context(error)
-    # what the SDK has no class of its own for: by the query service's code, and by the reason of a retry
-    by_code = {4000: _NO_INDEX, 12003: _NO_SCHEMA, 12021: _NO_SCHEMA}.get(context.get("first_error_code") or 0)
-    if by_code or "key_value_collection_outdated" in (context.get("retry_reasons") or ()):
-        return by_code or _NO_SCHEMA
-    return next((row for row in FAILURES if isinstance(error, row.exceptions)), UNEXPECTED)
+    context, timed_out = error_context(error), isinstance(error, _TIMEOUTS)
+    code, unauthorized = context.get("first_error_code") or 0, context.get("http_status") == HTTPStatus.UNAUTHORIZED
+    # What the SDK has no class of its own for. A retry's reason explains only why there was no other answer.
+    outdated = timed_out and "key_value_collection_outdated" in (context.get("retry_reasons") or ())
+    scanning = unauthorized and "sequential scans" in str(context.get("first_error_message"))
+    again = not timed_out and _RETRY.search(str(context.get("http_body")).rpartition('"errors"')[2])
+    torn = isinstance(error, cb.ParsingFailedException) and not code  # an answer that is no JSON, or not all of it
+    rows = (outdated, _NO_SCHEMA), (scanning, _NO_INDEX), (unauthorized, _NO_ACCESS), (again or torn, _COME_AGAIN)
+    row = _BY_CODE.get(code) or next((row for fits, row in rows if fits), None)
+    return row or next((row for row in FAILURES if isinstance(error, row.exceptions)), UNEXPECTED)
 
 
 def outcome_of(error: BaseException) -> str:
@@ -1797,7 +1809,7 @@ class Health:
         """Connect where that is still to be done, and read the token; FatalError for what waiting cannot cure."""
         if not self._database.connected:
             await self._call(self._database.connect)
-        started, outcome = time.monotonic(), "ok"
+        started, outcome, answered = time.monotonic(), "ok", True
         try:
             token = await self._call(self._database.fetch_token)
         except NoTokenError as error:
@@ -1805,13 +1817,13 @@ class Health:
             raise
         except Exception as error:
             outcome, failure, scope = outcome_of(error), failure_of(error), self._database.scope_name
-            advice = f"{failure.detail} (scope {scope!r}): {failure.advice}"
+            advice, answered = f"{failure.detail} (scope {scope!r}): {failure.advice}", not failure.outage
             self._missing = advice if failure.advice else "not connected yet"
             raise
         finally:
             ended = time.monotonic()
             self._metrics.finished.append(Operation("lookup_in", AUTH, started, ended - started, outcome))
-            if outcome in {"ok", "not_found"}:
+            if answered:
                 self.answered_at = ended
         self._token_read_at = ended
         if self._tokens.adopt(token, ended):
@@ -1829,10 +1841,10 @@ class Health:
             started = time.monotonic()
             try:
                 return await self.start()  # which is connected by now, and reads the token
-            except NoTokenError as error:
-                why = "the token could not be read again; the last one stays"
-                return self._log.event("warning", why, error=str(error))
             except Exception as error:
+                if not failure_of(error).outage:  # an answer all the same: the token, or its collection, is gone
+                    why = "the token could not be read again; the last one stays"
+                    return self._log.event("warning", why, error=describe(error), advice=self._missing)
                 if self.answered_at >= self._unanswered_at:
                     self._log.event("warning", "the background check is not answered", error=describe(error))
                 self._unanswered_at = started

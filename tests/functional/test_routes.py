@@ -252,6 +252,6 @@ def test_missing_index_tells_the_operator_the_statement(service: ServiceProcess,
         advice = service.wait_for("couchbase failure")["advice"]
         assert "CREATE INDEX by_nickname IF NOT EXISTS" in advice
     finally:
-        for statement in micro_svc_demo.MISSING_INDEX.split("; "):
+        for statement in micro_svc_demo.MISSING_INDEX.split("\n"):
             scope.query(statement).execute()
     assert service.get("/api/v1/nickname/nobody", emulator.token).status == 404
