@@ -171,13 +171,18 @@ def test_an_unknown_collection(incomplete) -> None:
     assert service.get("/readyz").status == 200
 
 
-def test_a_collection_that_is_made_again(incomplete) -> None:
-    """What is missing in it is 404 from the first request on, though the SDK has had to ask for it twice."""
-    database, service = incomplete
-    assert service.get(PICTURE, TOKEN).status == 500
-    with connect(database) as cluster:
-        cluster.bucket(database.bucket).collections().create_collection("profiles", "user_images")
-    assert service.get(PICTURE, TOKEN).status == 404
+def test_a_collection_that_is_made_again() -> None:
+    """What is missing in it is 404 from the first request on, though the SDK has to ask for it twice."""
+    with (
+        EmulatorProcess(profiles=1, pictures=1, token=TOKEN) as own,
+        ServiceProcess(settings_for(own)) as service,
+        connect(own) as cluster,
+    ):
+        assert service.get(PICTURE, TOKEN).status == 200
+        collections = cluster.bucket(own.bucket).collections()
+        collections.drop_collection("profiles", "user_images")
+        collections.create_collection("profiles", "user_images")
+        assert service.get(PICTURE, TOKEN).status == 404
 
 
 # ---- deadlines ----

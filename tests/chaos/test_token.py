@@ -104,7 +104,8 @@ def lose_collection() -> tuple[float, list[int], list[str], float]:
     """
     with ExitStack() as stack:
         database = stack.enter_context(EmulatorProcess(profiles=10, pictures=0, token="last"))
-        service = stack.enter_context(ServiceProcess(settings_for(database) | SETTINGS))
+        settings = settings_for(database) | SETTINGS | {"COUCHBASE_TIMEOUT_MS": "1000"}
+        service = stack.enter_context(ServiceProcess(settings))  # the SDK asks for a collection again after 0.5 s
         collections = stack.enter_context(connect(database)).bucket(database.bucket).collections()
         collections.drop_collection("profiles", "service_auth")
         with polling(lambda: service.get("/readyz").status) as seen:
