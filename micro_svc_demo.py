@@ -1167,7 +1167,8 @@ class Connection(asyncio.Protocol):
 # Pure functions of the handler's.
 
 DEFAULT_LIMIT, MAX_LIMIT, MAX_OFFSET = 100, 1000, 1_000_000_000
-_PICTURE_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,31}")
+_PICTURE_TYPE = re.compile(r"\s*(?:[Ii][Mm][Aa][Gg][Ee]/)?([A-Za-z0-9][A-Za-z0-9.+-]{0,31})\s*")
+_BASE64 = bytes.maketrans(b"-_", b"+/")  # the letters that are safe in URLs to the others
 
 
 def decode_segment(segment: str) -> str:
@@ -1204,13 +1205,20 @@ def _names_tag(given: str, tag: str) -> bool:
 
 def decode_picture(record: bytes) -> tuple[str, bytes]:
     """Return the media type and the bytes of the picture in a record; ProblemError: 422 if there is none."""
-    kind, image = None, b""
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        members = json.loads(record)
-        kind, image = _PICTURE_TYPE.fullmatch(members["type"]), base64.b64decode(members["image"], validate=True)
-    if not kind or not image:
-        raise ProblemError(422, "the picture record has no usable type or base64 image")
-    return f"image/{kind[0]}", image
+    members, image = {}, b""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        members = dict(json.loads(record))
+    kind, text = (value if isinstance(value := members.get(name), str) else "" for name in ("type", "image"))
+    media_type, text = _PICTURE_TYPE.fullmatch(kind), text.lstrip()
+    if text[:5].lower() == "data:":
+        text = text.partition(";base64,")[2]
+    with contextlib.suppress(ValueError):
+        encoded = text.encode().translate(_BASE64, b" \t\r\n\v\f").rstrip(b"=")
+        image = base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+    if not media_type or not image:
+        unusable = [name for name, found in (("type", media_type), ("image", image)) if not found]
+        raise ProblemError(422, f"the picture record has no usable {' and no usable '.join(unusable)}")
+    return f"image/{media_type[1].lower()}", image
 
 
 def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, str]) -> str:
@@ -1467,11 +1475,11 @@ class _DocumentBytes(RawJSONTranscoder):  # type: ignore[misc]
 
 def is_object(value: bytes) -> bool:
     """Tell whether a stored value is a JSON object; what is between its only pair of braces is not looked at."""
-    if value.startswith(b"{") and value.find(b"}") == len(value) - 1:
+    if value.rfind(b"{") == 0 and value.find(b"}") == len(value) - 1:
         return True
     try:
-        return isinstance(json.loads(value), dict)
-    except ValueError:
+        return isinstance(json.loads(value.decode()), dict)
+    except (ValueError, RecursionError):
         return False
 
 
@@ -2291,6 +2299,7 @@ class Processor:
 
 _JSON: TypeAlias = dict[str, Any]
 _DESCRIPTION = f"""User profiles and pictures out of Couchbase; documents are sent as stored.
+A stored value that is no JSON object is answered 500; between its only pair of braces nothing is looked at.
 
 `HEAD` works wherever `GET` does, `OPTIONS` says which methods there are, and any other method is answered 405.
 Unknown query parameters are ignored. Errors are problem documents (RFC 9457). Header fields not listed below are
@@ -2310,8 +2319,9 @@ _EXAMPLES: dict[str, _JSON] = {
 _ALWAYS = ("record_id", "title", "status", "detail", "request_id")  # members that no object lacks
 _MEMBERS: dict[str, _JSON] = {  # what their types do not say
     "picture": {"description": "the id of a picture"}, "date_of_birth": {"format": "date"},
-    "type": {"description": f"of the media type image/…; usable if it matches `{_PICTURE_TYPE.pattern}`"},
-    "image": {"contentEncoding": "base64"},
+    "type": {"description": f"a media type, or what follows `image/`; if it matches `{_PICTURE_TYPE.pattern}`"},
+    "image": {"contentEncoding": "base64", "description":
+        "also with white space, without padding, with the letters that are safe in URLs, or as a `data:` URL"},
     "reasons": {"description": "why it is not ready", "items": {"type": "string"}},
 }
 _PATH = {"in": "path", "required": True, "schema": {"type": "string", "pattern": r"^[^\x00-\x1f\x7f]+$"}}
@@ -2337,7 +2347,7 @@ _ANSWERS = {  # all but the 200s: an example of the problem's detail, which a 30
     404: "no such document", 405: "POST is not supported", 408: "the request did not arrive in time",
     413: "a request has no body here", 417: "the only expectation that can be met is 100-continue", 504: _TOO_SLOW,
     414: f"the target is longer than {MAX_TARGET_BYTES} bytes", 431: f"the head is longer than {MAX_HEAD_BYTES} bytes",
-    422: "the picture record has no usable type or base64 image", 500: "unexpected failure", 503: "not ready",
+    422: "the picture record has no usable image", 500: "unexpected failure", 503: "not ready",
 }
 _ANSWER_FIELDS = {304: "ETag X-Couchbase-Replica Content-Security-Policy", 401: "WWW-Authenticate", 405: "Allow",
                   503: "Retry-After"}
