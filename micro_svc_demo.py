@@ -712,8 +712,10 @@ class ProfileServer(ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Keep the connections' deadlines."""
         now = time.monotonic()
+        for connection in self.store.loader.writing:
+            connection.note_progress(now)
         for connection in [each for each in self.connections if each.deadline <= now]:
-            connection.expire(now)
+            connection.expire()
         with contextlib.suppress(OSError, KeyError):  # the system does not let it move
             if self.processor and self.processor.keep():
                 self.log.event("debug", "moved to another processor", processor=self.processor.pinned)
@@ -1073,6 +1075,7 @@ class Connection(asyncio.Protocol):
         """Forget the client; what the store still brings for it is thrown away."""
         self.state, self.deadline = self.CLOSED, math.inf
         self.server.connections.discard(self)
+        self.server.store.loader.writing.discard(self)
         self.server.clients -= not self.internal
 
     def data_received(self, data: bytes) -> None:
@@ -1100,13 +1103,17 @@ class Connection(asyncio.Protocol):
         """Take note that the client does not take all of its answer at once."""
         self.state, self.deadline = self.WRITING, time.monotonic() + self.write_seconds
         self.unsent = self.transport.get_write_buffer_size()
+        self.server.store.loader.writing.add(self)
 
-    def expire(self, now: float) -> None:
+    def note_progress(self, now: float) -> None:
+        """Give the client more time if it has taken some of its answer since this was called last."""
+        if (unsent := self.transport.get_write_buffer_size()) < self.unsent:
+            self.unsent, self.deadline = unsent, now + self.write_seconds
+
+    def expire(self) -> None:
         """End a state that has lasted too long."""
         if self.state == self.READING and self.framer.partial:
             self._answer(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
-        elif self.state == self.WRITING and self.transport.get_write_buffer_size() < self.unsent:
-            self.unsent, self.deadline = self.transport.get_write_buffer_size(), now + self.write_seconds
         else:
             self.transport.abort()
 
@@ -1146,6 +1153,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """Go on after an answer: with the next request, or close in two steps (RFC 9112, 9.6)."""
+        self.server.store.loader.writing.discard(self)
         if self.last:
             self.state, self.deadline = self.LINGERING, time.monotonic() + self.linger_seconds
             self.end_at = time.monotonic() + self.write_seconds
@@ -1301,6 +1309,7 @@ class Get(Awaited):
 
     def __init__(self, loader: Loader, collection: str, key: str, replica: bool) -> None:
         self.loader, self.collection, self.key, self.replica = loader, collection, key, replica
+        self.bytes = 0  # of its answer, as far as that counts for the loader's bound
 
 
 class Query(Awaited):
@@ -1358,8 +1367,15 @@ class Batch:
 
     def finish(self, outcome: Any) -> None:
         """Answer whoever waits; all answers are made before the first is sent: that wakes receivers up less often."""
-        store, answered = self._first.loader.store, []
+        loader, answered = self._first.loader, []
+        store = loader.store
         operation, found = store.judge(outcome) if isinstance(outcome, Fetched) else (None, {})
+        if loader.fetching_bytes:
+            loader.fetching_bytes -= sum(get.bytes for gets in self.waiting.values() for get in gets)
+        if isinstance(outcome, Fetched) and outcome.documents:
+            size, collection = len(next(iter(outcome.documents.values())).value), outcome.collection
+            before = loader.sizes.get(collection, size)
+            loader.sizes[collection] = before + (size - before) // 4
         if isinstance(outcome, ProblemError):  # nothing has been asked for
             (store.health.replica_breaker if self._first.replica else store.health.breaker).release()
         for key, gets in self.waiting.items():
@@ -1377,10 +1393,13 @@ class Loader:
     Documents that are asked for in one turn of the event loop are fetched at once. While all threads are busy, what
     comes meanwhile waits and makes the next batch larger. While key-value is degraded each document is fetched by
     itself, so that none waits for another's failure. Queries have threads of their own (a bulkhead).
+    Large documents are bounded by the bytes that are fetched and not sent yet: a pod has 256 MiB.
     """
 
     # The least that still serves 256 clients of a database 5 ms away (the grid in tests/load/results).
     threads, batch_size, single_threads = 3, 64, 64
+    most_bytes, unknown_bytes = 24 << 20, 6 << 20  # of large documents at once; taken for one of an unknown collection
+    sending_seconds = 2.5  # for which an answer counts of which the client takes nothing: it must not stop others
     stall_seconds = 0.25  # with all threads busy and none back, something may be wrong
     slack_seconds = 0.02  # a request that has waited for longer has so much less time for Couchbase
     most_queries, query_wait_seconds = 1024, 0.25  # that wait for a thread, and for how long
@@ -1389,6 +1408,8 @@ class Loader:
     def __init__(self, store: ProfileStore, query_threads: int, log: Log) -> None:
         self.store = store
         self.waiting: dict[str, dict[str, list[Get]]] = {}  # by collection and key, in the order of asking
+        self.sizes: dict[str, int] = {}  # of a collection's documents lately: a mean
+        self.fetching_bytes, self.writing = 0, set[Connection]()  # of large documents; who has an answer half sent
         self.waiting_singles: deque[Get] = deque()
         self.waiting_slow: deque[Get] = deque()  # singles that may take long, and get half of the threads
         self.waiting_queries: deque[Query] = deque()
@@ -1426,23 +1447,41 @@ class Loader:
         if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
             self.store.health.degrade(1.0)
 
+    def _take(self, collection: str, most: int = 1 << 30) -> dict[str, list[Get]]:
+        """Take out who waits for a collection's documents, by key: so many keys at most, and so many bytes."""
+        taken, rest = self.waiting.pop(collection), dict[str, list[Get]]()
+        size = self.sizes.get(collection, self.unknown_bytes)
+        if size * self.batch_size * self.threads > self.most_bytes:
+            counted = time.monotonic() + Connection.write_seconds - self.sending_seconds
+            sending = [each.transport.get_write_buffer_size() for each in self.writing if each.deadline > counted]
+            held, everyone = self.fetching_bytes + sum(sending), [get for gets in taken.values() for get in gets]
+            room = min(most, max((self.most_bytes - held) // size, not held))
+            taken = {}
+            for number, get in enumerate(everyone):
+                get.bytes = size * (number < room)
+                self.fetching_bytes += get.bytes
+                (taken if get.bytes else rest).setdefault(get.key, []).append(get)
+        elif len(taken) > most:
+            rest = dict(itertools.islice(taken.items(), most, None))
+            taken = dict(itertools.islice(taken.items(), most))
+        if rest:
+            self.waiting[collection] = rest
+        return taken
+
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free; collections take turns."""
         now = time.monotonic()
         degraded, slow = self.store.health.degraded, self.store.health.slow
         if self.waiting and degraded and slow is not None:
-            for get in [get for keys in self.waiting.values() for gets in keys.values() for get in gets]:
+            for get in [get for name in list(self.waiting) for gets in self._take(name).values() for get in gets]:
                 apart = vbucket(get.key) in slow and not get.replica
                 (self.waiting_slow if apart else self.waiting_singles).append(get)
-            self.waiting = {}
-        while self.waiting and not degraded and self._batches.free:
-            collection = next(iter(self.waiting))
-            taken = self.waiting.pop(collection)
-            if len(taken) > self.batch_size:
-                self.waiting[collection] = dict(itertools.islice(taken.items(), self.batch_size, None))
-                taken = dict(itertools.islice(taken.items(), self.batch_size))
+        bounded = 0  # collections in a row
+        while len(self.waiting) > bounded and not degraded and self._batches.free:
+            taken = self._take(next(iter(self.waiting)), self.batch_size)
+            bounded = 0 if taken else bounded + 1
             self._dispatched_at = now
-            if (batch := Batch(taken, now)).waiting:
+            if taken and (batch := Batch(taken, now)).waiting:
                 self._batches.run(batch)
         for singles, reserved in ((self.waiting_slow, self.single_threads // 2), (self.waiting_singles, 0)):
             while singles and self._singles.free > reserved:
@@ -2259,6 +2298,9 @@ class Processor:
     @classmethod
     def pin(cls, settings: Settings) -> Processor | None:
         """Pin the calling thread, and those that it will start, if the settings want it and the system lets it."""
+        with contextlib.suppress(AttributeError):  # not glibc; the SDK gets a large document by growing ever new blocks
+            for option in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h: from memory that it has
+                ctypes.CDLL(None).mallopt(option, 64 << 20)
         with contextlib.suppress(OSError, AttributeError):
             return cls() if settings.cpu_affinity == "auto" else None
         return None
@@ -2319,7 +2361,7 @@ _EXAMPLES: dict[str, _JSON] = {
 _ALWAYS = ("record_id", "title", "status", "detail", "request_id")  # members that no object lacks
 _MEMBERS: dict[str, _JSON] = {  # what their types do not say
     "picture": {"description": "the id of a picture"}, "date_of_birth": {"format": "date"},
-    "type": {"description": f"a media type, or what follows `image/`; if it matches `{_PICTURE_TYPE.pattern}`"},
+    "type": {"description": f"media type or what follows its `image/`; usable if it matches `{_PICTURE_TYPE.pattern}`"},
     "image": {"contentEncoding": "base64", "description":
         "also with white space, without padding, with the letters that are safe in URLs, or as a `data:` URL"},
     "reasons": {"description": "why it is not ready", "items": {"type": "string"}},
