@@ -713,7 +713,8 @@ class ProfileServer(ThreadingHTTPServer):
         """Keep the connections' deadlines."""
         now = time.monotonic()
         for connection in self.store.loader.writing:
-            connection.note_progress(now)
+            if (unsent := connection.transport.get_write_buffer_size()) < connection.unsent:
+                connection.unsent, connection.deadline = unsent, now + connection.write_seconds
         for connection in [each for each in self.connections if each.deadline <= now]:
             connection.expire()
         with contextlib.suppress(OSError, KeyError):  # the system does not let it move
@@ -1105,11 +1106,6 @@ class Connection(asyncio.Protocol):
         self.unsent = self.transport.get_write_buffer_size()
         self.server.store.loader.writing.add(self)
 
-    def note_progress(self, now: float) -> None:
-        """Give the client more time if it has taken some of its answer since this was called last."""
-        if (unsent := self.transport.get_write_buffer_size()) < self.unsent:
-            self.unsent, self.deadline = unsent, now + self.write_seconds
-
     def expire(self) -> None:
         """End a state that has lasted too long."""
         if self.state == self.READING and self.framer.partial:
@@ -1367,15 +1363,13 @@ class Batch:
 
     def finish(self, outcome: Any) -> None:
         """Answer whoever waits; all answers are made before the first is sent: that wakes receivers up less often."""
-        loader, answered = self._first.loader, []
-        store = loader.store
+        loader, store, answered = self._first.loader, self._first.loader.store, []
         operation, found = store.judge(outcome) if isinstance(outcome, Fetched) else (None, {})
         if loader.fetching_bytes:
             loader.fetching_bytes -= sum(get.bytes for gets in self.waiting.values() for get in gets)
         if isinstance(outcome, Fetched) and outcome.documents:
-            size, collection = len(next(iter(outcome.documents.values())).value), outcome.collection
-            before = loader.sizes.get(collection, size)
-            loader.sizes[collection] = before + (size - before) // 4
+            collection, size = outcome.collection, len(next(iter(outcome.documents.values())).value)
+            loader.sizes[collection] += (size - loader.sizes[collection]) // 4
         if isinstance(outcome, ProblemError):  # nothing has been asked for
             (store.health.replica_breaker if self._first.replica else store.health.breaker).release()
         for key, gets in self.waiting.items():
@@ -1398,7 +1392,7 @@ class Loader:
 
     # The least that still serves 256 clients of a database 5 ms away (the grid in tests/load/results).
     threads, batch_size, single_threads = 3, 64, 64
-    most_bytes, unknown_bytes = 24 << 20, 6 << 20  # of large documents at once; taken for one of an unknown collection
+    most_bytes = 24 << 20  # of large documents at once
     sending_seconds = 2.5  # for which an answer counts of which the client takes nothing: it must not stop others
     stall_seconds = 0.25  # with all threads busy and none back, something may be wrong
     slack_seconds = 0.02  # a request that has waited for longer has so much less time for Couchbase
@@ -1408,7 +1402,7 @@ class Loader:
     def __init__(self, store: ProfileStore, query_threads: int, log: Log) -> None:
         self.store = store
         self.waiting: dict[str, dict[str, list[Get]]] = {}  # by collection and key, in the order of asking
-        self.sizes: dict[str, int] = {}  # of a collection's documents lately: a mean
+        self.sizes = {USERS: 0, IMAGES: 6 << 20}  # of a collection's documents lately: a mean; at first a guess
         self.fetching_bytes, self.writing = 0, set[Connection]()  # of large documents; who has an answer half sent
         self.waiting_singles: deque[Get] = deque()
         self.waiting_slow: deque[Get] = deque()  # singles that may take long, and get half of the threads
@@ -1450,8 +1444,7 @@ class Loader:
     def _take(self, collection: str, most: int = 1 << 30) -> dict[str, list[Get]]:
         """Take out who waits for a collection's documents, by key: so many keys at most, and so many bytes."""
         taken, rest = self.waiting.pop(collection), dict[str, list[Get]]()
-        size = self.sizes.get(collection, self.unknown_bytes)
-        if size * self.batch_size * self.threads > self.most_bytes:
+        if (size := self.sizes[collection]) * self.batch_size * self.threads > self.most_bytes:
             counted = time.monotonic() + Connection.write_seconds - self.sending_seconds
             sending = [each.transport.get_write_buffer_size() for each in self.writing if each.deadline > counted]
             held, everyone = self.fetching_bytes + sum(sending), [get for gets in taken.values() for get in gets]
@@ -1462,10 +1455,9 @@ class Loader:
                 self.fetching_bytes += get.bytes
                 (taken if get.bytes else rest).setdefault(get.key, []).append(get)
         elif len(taken) > most:
-            rest = dict(itertools.islice(taken.items(), most, None))
-            taken = dict(itertools.islice(taken.items(), most))
-        if rest:
-            self.waiting[collection] = rest
+            keys = iter(taken.items())
+            taken, rest = dict(itertools.islice(keys, most)), dict(keys)
+        self.waiting |= {collection: rest} if rest else {}
         return taken
 
     def dispatch(self) -> None:
