@@ -445,7 +445,7 @@ PROFILES_BY_NICKNAME, PROFILES_BY_USERNAME = (
     for name in _INDEXED
 )
 PROVISION = "create the schema: python -m tests.sample_data --help"
-# Statements to be pasted one by one; the last one for indexes that are there, but were made with `defer_build`.
+# To be pasted one by one; the last one is for indexes that were made with `defer_build`.
 MISSING_INDEX = "".join(f"CREATE INDEX by_{name} IF NOT EXISTS ON `{USERS}`({name})\n" for name in _INDEXED)
 MISSING_INDEX += f"BUILD INDEX ON `{USERS}`({', '.join(f'by_{name}' for name in _INDEXED)})"
 
@@ -1445,15 +1445,19 @@ class Loader:
         """Take out who waits for a collection's documents, by key: so many keys at most, and so many bytes."""
         taken, rest = self.waiting.pop(collection), dict[str, list[Get]]()
         if (size := self.sizes[collection]) * self.batch_size * self.threads > self.most_bytes:
-            counted = time.monotonic() + Connection.write_seconds - self.sending_seconds
+            now, everyone = time.monotonic(), [get for gets in taken.values() for get in gets]
+            counted, late = (
+                now + Connection.write_seconds - self.sending_seconds,
+                now - self.store.database.timeout_seconds,
+            )
             sending = [each.transport.get_write_buffer_size() for each in self.writing if each.deadline > counted]
-            held, everyone = self.fetching_bytes + sum(sending), [get for gets in taken.values() for get in gets]
+            held, taken = self.fetching_bytes + sum(sending), {}
             room = min(most, max((self.most_bytes - held) // size, not held))
-            taken = {}
             for number, get in enumerate(everyone):
                 get.bytes = size * (number < room)
                 self.fetching_bytes += get.bytes
-                (taken if get.bytes else rest).setdefault(get.key, []).append(get)
+                chosen = taken if get.bytes or get.handler.started < late else rest  # a `Batch` refuses the late ones
+                chosen.setdefault(get.key, []).append(get)
         elif len(taken) > most:
             keys = iter(taken.items())
             taken, rest = dict(itertools.islice(keys, most)), dict(keys)

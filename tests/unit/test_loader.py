@@ -290,7 +290,7 @@ async def test_large_documents_are_bounded_by_their_bytes(bench: Bench) -> None:
 
 
 @in_the_loop
-async def test_answers_that_are_not_sent_yet_count(bench: Bench) -> None:
+async def test_answers_that_are_not_sent_yet_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """But not for long those of a client that takes nothing: it must not stop others."""
     sent = time.monotonic() + service.Connection.write_seconds  # the deadline of an answer that has just been begun
     transport = Mock(get_write_buffer_size=Mock(return_value=30 << 20))
@@ -302,6 +302,10 @@ async def test_answers_that_are_not_sent_yet_count(bench: Bench) -> None:
     assert call.keys == keys(7)
     call.answer()
     assert await replies(profile) == found(7)
+    monkeypatch.setattr(bench.database, "timeout_seconds", 0.05)  # whoever has waited for as long is refused meanwhile
+    assert await statuses(*clients) == [503, 503]
+    monkeypatch.setattr(bench.database, "timeout_seconds", SECONDS)
+    clients = pictures(bench, 3, 4)
     slow.deadline -= service.Loader.sending_seconds
     [call] = await bench.calls(1)
     assert call.target == service.IMAGES
