@@ -1446,12 +1446,10 @@ class Loader:
         taken, rest = self.waiting.pop(collection), dict[str, list[Get]]()
         if (size := self.sizes[collection]) * self.batch_size * self.threads > self.most_bytes:
             now, everyone = time.monotonic(), [get for gets in taken.values() for get in gets]
-            counted, late = (
-                now + Connection.write_seconds - self.sending_seconds,
-                now - self.store.database.timeout_seconds,
-            )
-            sending = [each.transport.get_write_buffer_size() for each in self.writing if each.deadline > counted]
-            held, taken = self.fetching_bytes + sum(sending), {}
+            counted, late = now - self.sending_seconds, now - self.store.database.timeout_seconds
+            sending = [each for each in self.writing if each.deadline - each.write_seconds > counted]
+            held = self.fetching_bytes + sum(each.transport.get_write_buffer_size() for each in sending)
+            taken = {}
             room = min(most, max((self.most_bytes - held) // size, not held))
             for number, get in enumerate(everyone):
                 get.bytes = size * (number < room)

@@ -292,9 +292,9 @@ async def test_large_documents_are_bounded_by_their_bytes(bench: Bench) -> None:
 @in_the_loop
 async def test_answers_that_are_not_sent_yet_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """But not for long those of a client that takes nothing: it must not stop others."""
-    sent = time.monotonic() + service.Connection.write_seconds  # the deadline of an answer that has just been begun
+    sent = time.monotonic() + 30.0  # the deadline of an answer that has just been begun
     transport = Mock(get_write_buffer_size=Mock(return_value=30 << 20))
-    slow = Mock(spec=service.Connection, transport=transport, deadline=sent)
+    slow = Mock(spec=service.Connection, transport=transport, deadline=sent, write_seconds=30.0)
     bench.loader.writing.add(slow)
     clients = pictures(bench, 1, 2)
     profile = bench.profiles(7)
