@@ -208,7 +208,9 @@ def test_a_very_large_picture_hurts_nobody() -> None:
     """One of 19 MB, the first on the SDK's connection: it and all that is asked for beside it is answered."""
     with (
         EmulatorProcess(profiles=100, pictures=0, token=TOKEN) as database,
-        ServiceProcess(settings_for(database)) as service,
+        ServiceProcess(
+            settings_for(database) | {"COUCHBASE_TIMEOUT_MS": "7000"}
+        ) as service,  # a busy machine is slower
     ):
         store_picture(database, 1, 19)
         with Load(service.port, itertools.cycle(IDS), lambda: TOKEN, rate=50) as load:
