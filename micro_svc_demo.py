@@ -452,7 +452,9 @@ PROFILES_BY_NICKNAME, PROFILES_BY_USERNAME = (
     for name in _INDEXED
 )
 PROVISION = "create the schema: python -m tests.sample_data --help"
-MISSING_INDEX = "; ".join(f"CREATE INDEX by_{name} IF NOT EXISTS ON `{USERS}`({name})" for name in _INDEXED)
+# To be pasted one by one; the last one is for indexes that were made with `defer_build`.
+MISSING_INDEX = "".join(f"CREATE INDEX by_{name} IF NOT EXISTS ON `{USERS}`({name})\n" for name in _INDEXED)
+MISSING_INDEX += f"BUILD INDEX ON `{USERS}`({', '.join(f'by_{name}' for name in _INDEXED)})"
 
 
 class FatalError(Exception):
@@ -514,18 +516,24 @@ _NO_BUCKET = (cb.BucketNotFoundException, cb.BucketDoesNotExistException)
 _UNKNOWN = (cb.ScopeNotFoundException, cb.CollectionNotFoundException, cb.KeyspaceNotFoundException)
 _NO_SCHEMA = Failure(_UNKNOWN, 500, _SCHEMA, PROVISION)
 _NO_INDEX = Failure((cb.QueryIndexNotFoundException,), 500, _SCHEMA, MISSING_INDEX)
+_NO_ACCESS = Failure((cb.AuthenticationException,), 503, _OUT_OF_REACH, _REFUSED, outage=True)
+_COME_AGAIN = Failure(_OUTAGES, 503, _OUT_OF_REACH, outage=True)
 # In this order: the first row that fits counts.
 FAILURES = (
     Failure((cb.DocumentNotFoundException,), 404, "no such document"),
     Failure(_TIMEOUTS, 504, _TOO_SLOW, outage=True),
-    Failure((cb.AuthenticationException,), 503, _OUT_OF_REACH, _REFUSED, outage=True),
-    Failure(_OUTAGES, 503, _OUT_OF_REACH, outage=True),
+    _NO_ACCESS,
+    _COME_AGAIN,
     Failure((cb.DocumentLockedException,), 503, "the document is locked"),
     Failure(_NO_BUCKET, 503, _OUT_OF_REACH, f"the bucket is gone: create it again, then {PROVISION}", outage=True),
     _NO_SCHEMA,
     _NO_INDEX,
     Failure((cb.ValueFormatException,), 500, "the document is not JSON", "store this document as JSON"),
 )
+# By the query service's code: indexes or data that are out of reach, and statements whose plan has changed meanwhile.
+_BY_CODE = dict.fromkeys((4080, 4090, 12008, 12009, 12015, 12020, *range(14000, 15000)), _COME_AGAIN)
+_BY_CODE |= {2120: _NO_ACCESS, 4000: _NO_INDEX, 12003: _NO_SCHEMA, 12021: _NO_SCHEMA}
+_RETRY = re.compile(r'"retry"\s*:\s*true')
 UNEXPECTED = Failure((), 500, "unexpected failure", "not foreseen: see the error")
 
 
@@ -533,12 +541,16 @@ def failure_of(error: BaseException) -> Failure:
     """Return the row of the failure map for an exception."""
     if type(error) is cb.DocumentNotFoundException:  # by far the most frequent
         return FAILURES[0]
-    context = error_context(error)
-    # what the SDK has no class of its own for: by the query service's code, and by the reason of a retry
-    by_code = {4000: _NO_INDEX, 12003: _NO_SCHEMA, 12021: _NO_SCHEMA}.get(context.get("first_error_code") or 0)
-    if by_code or "key_value_collection_outdated" in (context.get("retry_reasons") or ()):
-        return by_code or _NO_SCHEMA
-    return next((row for row in FAILURES if isinstance(error, row.exceptions)), UNEXPECTED)
+    context, timed_out = error_context(error), isinstance(error, _TIMEOUTS)
+    code, unauthorized = context.get("first_error_code") or 0, context.get("http_status") == HTTPStatus.UNAUTHORIZED
+    # What the SDK has no class of its own for. A retry's reason explains only why there was no other answer.
+    outdated = timed_out and "key_value_collection_outdated" in (context.get("retry_reasons") or ())
+    scanning = unauthorized and "sequential scans" in str(context.get("first_error_message"))
+    again = not timed_out and _RETRY.search(str(context.get("http_body")).rpartition('"errors"')[2])
+    torn = isinstance(error, cb.ParsingFailedException) and not code  # an answer that is no JSON, or not all of it
+    rows = (outdated, _NO_SCHEMA), (scanning, _NO_INDEX), (unauthorized, _NO_ACCESS), (again or torn, _COME_AGAIN)
+    row = _BY_CODE.get(code) or next((row for fits, row in rows if fits), None)
+    return row or next((row for row in FAILURES if isinstance(error, row.exceptions)), UNEXPECTED)
 
 
 def outcome_of(error: BaseException) -> str:
@@ -709,8 +721,11 @@ class ProfileServer(ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Keep the connections' deadlines."""
         now = time.monotonic()
+        for connection in self.store.loader.writing:
+            if (unsent := connection.transport.get_write_buffer_size()) < connection.unsent:
+                connection.unsent, connection.deadline = unsent, now + connection.write_seconds
         for connection in [each for each in self.connections if each.deadline <= now]:
-            connection.expire(now)
+            connection.expire()
         with contextlib.suppress(OSError, KeyError):  # the system does not let it move
             if self.processor and self.processor.keep():
                 self.log.event("debug", "moved to another processor", processor=self.processor.pinned)
@@ -1130,26 +1145,26 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Take note that the client does not take all of its answer at once."""
-        self.state, self.deadline = self.WRITING, 0.0  # for a look at each second, how much the client has taken
-        self.end_at, self.unsent = time.monotonic() + self.write_seconds, self.transport.get_write_buffer_size()
+        self.state, self.deadline = self.WRITING, time.monotonic() + self.write_seconds
+        self.unsent = self.transport.get_write_buffer_size()
+        self.server.store.loader.writing.add(self)
 
     def _written(self, unsent: int) -> None:
         """Have an answer that was not sent at once counted and logged; `unsent` bytes of it are cut off."""
+        self.server.store.loader.writing.discard(self)
         if handler := self.handler:
             if unsent:
                 handler.response, handler.cut_off = handler.response[:-unsent], CUT_OFF
             self.server.answered.append(handler)
             self.handler = None
 
-    def expire(self, now: float) -> None:
+    def expire(self) -> None:
         """End a state that has lasted too long."""
         if self.state == self.READING and self.framer.partial:
             self._answer(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
         elif self.state == self.EXCESS:
             self._turn_away()
-        elif self.state == self.WRITING and (unsent := self.transport.get_write_buffer_size()) < self.unsent:
-            self.end_at, self.unsent = now + self.write_seconds, unsent
-        elif self.state != self.WRITING or self.end_at <= now:
+        else:
             self.abort()
 
     def abort(self) -> None:
@@ -1222,7 +1237,8 @@ class Connection(asyncio.Protocol):
 
 DEFAULT_LIMIT, MAX_LIMIT, MAX_OFFSET = 100, 1000, 1_000_000_000
 _FORWARDED = re.compile(r"([0-9.]+)(?::[0-9]+)?|\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9A-Fa-f:.]+)")
-_PICTURE_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,31}")
+_PICTURE_TYPE = re.compile(r"\s*(?:[Ii][Mm][Aa][Gg][Ee]/)?([A-Za-z0-9][A-Za-z0-9.+-]{0,31})\s*")
+_BASE64 = bytes.maketrans(b"-_", b"+/")  # the letters that are safe in URLs to the others
 
 
 def decode_segment(segment: str) -> str:
@@ -1259,13 +1275,20 @@ def _names_tag(given: str, *tags: str) -> bool:
 
 def decode_picture(record: bytes) -> tuple[str, bytes]:
     """Return the media type and the bytes of the picture in a record; ProblemError: 422 if there is none."""
-    kind, image = None, b""
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        members = json.loads(record)
-        kind, image = _PICTURE_TYPE.fullmatch(members["type"]), base64.b64decode(members["image"], validate=True)
-    if not kind or not image:
-        raise ProblemError(422, "the picture record has no usable type or base64 image")
-    return f"image/{kind[0]}", image
+    members, image = {}, b""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        members = dict(json.loads(record))
+    kind, text = (value if isinstance(value := members.get(name), str) else "" for name in ("type", "image"))
+    media_type, text = _PICTURE_TYPE.fullmatch(kind), text.lstrip()
+    if text[:5].lower() == "data:":
+        text = text.partition(";base64,")[2]
+    with contextlib.suppress(ValueError):
+        encoded = text.encode().translate(_BASE64, b" \t\r\n\v\f").rstrip(b"=")
+        image = base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+    if not media_type or not image:
+        unusable = [name for name, found in (("type", media_type), ("image", image)) if not found]
+        raise ProblemError(422, f"the picture record has no usable {' and no usable '.join(unusable)}")
+    return f"image/{media_type[1].lower()}", image
 
 
 def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, str]) -> str:
@@ -1352,6 +1375,7 @@ class Get(Awaited):
 
     def __init__(self, loader: Loader, collection: str, key: str, replica: bool) -> None:
         self.loader, self.collection, self.key, self.replica = loader, collection, key, replica
+        self.bytes = 0  # of its answer, as far as that counts for the loader's bound
 
 
 class Query(Awaited):
@@ -1409,8 +1433,13 @@ class Batch:
 
     def finish(self, outcome: Any) -> None:
         """Answer whoever waits; all answers are made before the first is sent: that wakes receivers up less often."""
-        store, answered = self._first.loader.store, []
+        loader, store, answered = self._first.loader, self._first.loader.store, []
         operation, found = store.judge(outcome) if isinstance(outcome, Fetched) else (None, {})
+        if loader.fetching_bytes:
+            loader.fetching_bytes -= sum(get.bytes for gets in self.waiting.values() for get in gets)
+        if isinstance(outcome, Fetched) and outcome.documents:
+            collection, size = outcome.collection, len(next(iter(outcome.documents.values())).value)
+            loader.sizes[collection] += (size - loader.sizes[collection]) // 4
         if isinstance(outcome, ProblemError):  # nothing has been asked for
             (store.health.replica_breaker if self._first.replica else store.health.breaker).release()
         for key, gets in self.waiting.items():
@@ -1428,10 +1457,13 @@ class Loader:
     Documents that are asked for in one turn of the event loop are fetched at once. While all threads are busy, what
     comes meanwhile waits and makes the next batch larger. While key-value is degraded each document is fetched by
     itself, so that none waits for another's failure. Queries have threads of their own (a bulkhead).
+    Large documents are bounded by the bytes that are fetched and not sent yet: a pod has 256 MiB.
     """
 
     # The least that still serves 256 clients of a database 5 ms away (the grid in tests/load/results).
     threads, batch_size, single_threads = 3, 64, 64
+    most_bytes = 24 << 20  # of large documents at once
+    sending_seconds = 2.5  # for which an answer counts of which the client takes nothing: it must not stop others
     stall_seconds = 0.25  # with all threads busy and none back, something may be wrong
     slack_seconds = 0.02  # a request that has waited for longer has so much less time for Couchbase
     most_queries, query_wait_seconds = 1024, 0.25  # that wait for a thread, and for how long
@@ -1440,6 +1472,8 @@ class Loader:
     def __init__(self, store: ProfileStore, query_threads: int, log: Log) -> None:
         self.store = store
         self.waiting: dict[str, dict[str, list[Get]]] = {}  # by collection and key, in the order of asking
+        self.sizes = {USERS: 0, IMAGES: 6 << 20}  # of a collection's documents lately: a mean; at first a guess
+        self.fetching_bytes, self.writing = 0, set[Connection]()  # of large documents; who has an answer half sent
         self.waiting_singles: deque[Get] = deque()
         self.waiting_slow: deque[Get] = deque()  # singles that may take long, and get half of the threads
         self.waiting_queries: deque[Query] = deque()
@@ -1477,23 +1511,41 @@ class Loader:
         if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
             self.store.health.degrade(1.0)
 
+    def _take(self, collection: str, most: int = 1 << 30) -> dict[str, list[Get]]:
+        """Take out who waits for a collection's documents, by key: so many keys at most, and so many bytes."""
+        taken, rest = self.waiting.pop(collection), dict[str, list[Get]]()
+        if (size := self.sizes[collection]) * self.batch_size * self.threads > self.most_bytes:
+            now, everyone = time.monotonic(), [get for gets in taken.values() for get in gets]
+            counted, late = now - self.sending_seconds, now - self.store.database.timeout_seconds
+            sending = [each for each in self.writing if each.deadline - each.write_seconds > counted]
+            held = self.fetching_bytes + sum(each.transport.get_write_buffer_size() for each in sending)
+            taken = {}
+            room = min(most, max((self.most_bytes - held) // size, not held))
+            for number, get in enumerate(everyone):
+                get.bytes = size * (number < room)
+                self.fetching_bytes += get.bytes
+                chosen = taken if get.bytes or get.handler.started < late else rest  # a `Batch` refuses the late ones
+                chosen.setdefault(get.key, []).append(get)
+        elif len(taken) > most:
+            keys = iter(taken.items())
+            taken, rest = dict(itertools.islice(keys, most)), dict(keys)
+        self.waiting |= {collection: rest} if rest else {}
+        return taken
+
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free; collections take turns."""
         now = time.monotonic()
         degraded, slow = self.store.health.degraded, self.store.health.slow
         if self.waiting and degraded and slow is not None:
-            for get in [get for keys in self.waiting.values() for gets in keys.values() for get in gets]:
+            for get in [get for name in list(self.waiting) for gets in self._take(name).values() for get in gets]:
                 apart = vbucket(get.key) in slow and not get.replica
                 (self.waiting_slow if apart else self.waiting_singles).append(get)
-            self.waiting = {}
-        while self.waiting and not degraded and self._batches.free:
-            collection = next(iter(self.waiting))
-            taken = self.waiting.pop(collection)
-            if len(taken) > self.batch_size:
-                self.waiting[collection] = dict(itertools.islice(taken.items(), self.batch_size, None))
-                taken = dict(itertools.islice(taken.items(), self.batch_size))
+        bounded = 0  # collections in a row
+        while len(self.waiting) > bounded and not degraded and self._batches.free:
+            taken = self._take(next(iter(self.waiting)), self.batch_size)
+            bounded = 0 if taken else bounded + 1
             self._dispatched_at = now
-            if (batch := Batch(taken, now)).waiting:
+            if taken and (batch := Batch(taken, now)).waiting:
                 self._batches.run(batch)
         for singles, reserved in ((self.waiting_slow, self.single_threads // 2), (self.waiting_singles, 0)):
             while singles and self._singles.free > reserved:
@@ -1526,11 +1578,11 @@ class _DocumentBytes(RawJSONTranscoder):  # type: ignore[misc]
 
 def is_object(value: bytes) -> bool:
     """Tell whether a stored value is a JSON object; what is between its only pair of braces is not looked at."""
-    if value.startswith(b"{") and value.find(b"}") == len(value) - 1:
+    if value.rfind(b"{") == 0 and value.find(b"}") == len(value) - 1:
         return True
     try:
-        return isinstance(json.loads(value), dict)
-    except ValueError:
+        return isinstance(json.loads(value.decode()), dict)
+    except (ValueError, RecursionError):
         return False
 
 
@@ -1869,7 +1921,7 @@ class Health:
         """Connect where that is still to be done, and read the token; FatalError for what waiting cannot cure."""
         if not self._database.connected:
             await self._call(self._database.connect)
-        started, outcome = time.monotonic(), "ok"
+        started, outcome, answered = time.monotonic(), "ok", True
         try:
             token = await self._call(self._database.fetch_token)
         except NoTokenError as error:
@@ -1877,13 +1929,13 @@ class Health:
             raise
         except Exception as error:
             outcome, failure, scope = outcome_of(error), failure_of(error), self._database.scope_name
-            advice = f"{failure.detail} (scope {scope!r}): {failure.advice}"
+            advice, answered = f"{failure.detail} (scope {scope!r}): {failure.advice}", not failure.outage
             self._missing = advice if failure.advice else "not connected yet"
             raise
         finally:
             ended = time.monotonic()
             self._metrics.finished.append(Operation("lookup_in", AUTH, started, ended - started, outcome))
-            if outcome in {"ok", "not_found"}:
+            if answered:
                 self.answered_at = ended
         self._token_read_at = ended
         if self._tokens.adopt(token, ended):
@@ -1901,10 +1953,10 @@ class Health:
             started = time.monotonic()
             try:
                 return await self.start()  # which is connected by now, and reads the token
-            except NoTokenError as error:
-                why = "the token could not be read again; the last one stays"
-                return self._log.event("warning", why, error=str(error))
             except Exception as error:
+                if not failure_of(error).outage:  # an answer all the same: the token, or its collection, is gone
+                    why = "the token could not be read again; the last one stays"
+                    return self._log.event("warning", why, error=describe(error), advice=self._missing)
                 if self.answered_at >= self._unanswered_at:
                     self._log.event("warning", "the background check is not answered", error=describe(error))
                 self._unanswered_at = started
@@ -2320,6 +2372,9 @@ class Processor:
     @classmethod
     def pin(cls, settings: Settings) -> Processor | None:
         """Pin the calling thread, and those that it will start, if the settings want it and the system lets it."""
+        with contextlib.suppress(AttributeError):  # not glibc; the SDK gets a large document by growing ever new blocks
+            for option in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h: from memory that it has
+                ctypes.CDLL(None).mallopt(option, 64 << 20)
         with contextlib.suppress(OSError, AttributeError):
             return cls() if settings.cpu_affinity == "auto" else None
         return None
@@ -2360,6 +2415,7 @@ class Processor:
 
 _JSON: TypeAlias = dict[str, Any]
 _DESCRIPTION = f"""User profiles and pictures out of Couchbase; documents are sent as stored.
+A stored value that is no JSON object is answered 500; between its only pair of braces nothing is looked at.
 
 `HEAD` works wherever `GET` does, `OPTIONS` says which methods there are; any other, known or not, is answered 405.
 Unknown query parameters are ignored. Errors are problem documents (RFC 9457). Header fields not listed below are
@@ -2380,8 +2436,9 @@ _EXAMPLES: dict[str, _JSON] = {
 _ALWAYS = ("record_id", "title", "status", "detail", "request_id")  # members that no object lacks
 _MEMBERS: dict[str, _JSON] = {  # what their types do not say
     "picture": {"description": "the id of a picture"}, "date_of_birth": {"format": "date"},
-    "type": {"description": f"of the media type image/…; usable if it matches `{_PICTURE_TYPE.pattern}`"},
-    "image": {"contentEncoding": "base64"},
+    "type": {"description": f"media type or what follows its `image/`; usable if it matches `{_PICTURE_TYPE.pattern}`"},
+    "image": {"contentEncoding": "base64", "description":
+        "also with white space, without padding, with the letters that are safe in URLs, or as a `data:` URL"},
     "reasons": {"description": "why it is not ready", "items": {"type": "string"}},
 }
 _PATH = {"in": "path", "required": True, "schema": {"type": "string", "pattern": r"^[^\x00-\x1f\x7f]+$"}}
@@ -2409,7 +2466,7 @@ _ANSWERS = {  # all but the 200s: an example of the problem's detail, which a 30
     405: "POST is not supported", 408: "the request did not arrive in time",
     413: "a request has no body here", 417: "the only expectation that can be met is 100-continue", 504: _TOO_SLOW,
     414: f"the target is longer than {MAX_TARGET_BYTES} bytes", 431: f"the head is longer than {MAX_HEAD_BYTES} bytes",
-    422: "the picture record has no usable type or base64 image", 500: "unexpected failure", 503: "not ready",
+    422: "the picture record has no usable image", 500: "unexpected failure", 503: "not ready",
     501: "the only transfer coding is chunked", 505: "the only major version is HTTP/1",
 }
 _ANSWER_FIELDS = {304: "ETag X-Couchbase-Replica Content-Security-Policy", 401: "WWW-Authenticate", 405: "Allow",

@@ -5,16 +5,24 @@ import itertools
 import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
+
+from couchbase.options import UpsertOptions
+from couchbase.transcoder import RawBinaryTranscoder
 
 import micro_svc_demo
 from tests.chaos.clients import Load, ask_at_once, by_status, wait_until
 from tests.chaos.conftest import SHORT, TOKEN
 from tests.emulator.process import EmulatorProcess
+from tests.emulator.sdk import connect
 from tests.load.clients import Conversation, request, threads
 from tests.service import ROOT, ServiceProcess, settings_for
 
@@ -230,3 +238,68 @@ def test_clients_leave_descriptors_for_probes(database: EmulatorProcess) -> None
         assert statuses.count(200) == 136
         assert statuses.count(503) > 8
     assert [line for line in service.lines if line["level"] == "error"] == []
+
+
+# ---- large documents ----
+
+MEGABYTE = 1_000_000
+
+
+def store_picture(database: EmulatorProcess, number: int, megabytes: int) -> None:
+    """Store a picture record of so many bytes."""
+    record = b'{"type": "png", "image": "%b"}' % (b"QUJD" * (megabytes * MEGABYTE // 4))
+    options = UpsertOptions(transcoder=RawBinaryTranscoder(), timeout=timedelta(seconds=60))
+    with connect(database) as cluster:
+        images = cluster.bucket(database.bucket).scope("profiles").collection("user_images")
+        images.upsert(f"user_images:{number}", record, options)
+
+
+def receive(port: int, path: str, times: int) -> list[int]:
+    """Ask again and again on one connection; return the statuses. Of bodies only the length is looked at."""
+    statuses, buffer = [], bytearray(1 << 18)
+    with socket.create_connection(("127.0.0.1", port), 60) as stream:
+        for _ in range(times):
+            stream.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += stream.recv(4096) or b"\r\n\r\n"
+            head, _, body = head.partition(b"\r\n\r\n")
+            length = re.search(rb"Content-Length: (\d+)", head)
+            left = int(length[1]) - len(body) if length else 0
+            while left > 0:
+                left -= stream.recv_into(buffer) or left
+            statuses.append(int(head[9:12] or 0))
+    return statuses
+
+
+def test_large_pictures_take_a_bounded_memory() -> None:
+    """64 clients that ask for pictures of 3 MB (records of 4): all are answered, within a pod's 256 MiB."""
+    clients, times = 64, 3
+    with (
+        EmulatorProcess(profiles=5, pictures=0, token=TOKEN) as database,
+        ServiceProcess(settings_for(database) | {"COUCHBASE_TIMEOUT_MS": "20000"}) as service,
+        ThreadPoolExecutor(clients) as pool,
+    ):
+        for number in range(16):
+            store_picture(database, number, 4)
+        paths = [f"/api/v1/picture/raw/{number % 16}" for number in range(clients)]
+        answers = list(pool.map(receive, itertools.repeat(service.port), paths, itertools.repeat(times)))
+        status = Path(f"/proc/{service.process.pid}/status").read_text()
+    assert answers == [[200] * times] * clients
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status)
+    assert peak and int(peak[1]) <= 220_000
+
+
+def test_a_very_large_picture_hurts_nobody() -> None:
+    """One of 19 MB, the first on the SDK's connection: it and all that is asked for beside it is answered."""
+    with (
+        EmulatorProcess(profiles=100, pictures=0, token=TOKEN) as database,
+        ServiceProcess(
+            settings_for(database) | {"COUCHBASE_TIMEOUT_MS": "7000"}
+        ) as service,  # a busy machine is slower
+    ):
+        store_picture(database, 1, 19)
+        with Load(service.port, itertools.cycle(IDS), lambda: TOKEN, rate=50) as load:
+            assert receive(service.port, "/api/v1/picture/record/1", 5) == [200] * 5
+        assert by_status(load.records).keys() == {200}
+        assert [line for line in service.lines if line["message"] == "breaker"] == []

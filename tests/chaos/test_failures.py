@@ -72,15 +72,49 @@ def test_each_status_of_key_value(
         ((12003, 404), 500, "tests.sample_data"),
         ((12016, 404), 500, "CREATE INDEX"),
         ((13014, 401), 503, "COUCHBASE_USER"),
+        ((2120, 401), 503, "COUCHBASE_USER"),
+        ((12008, 500), 503, ""),
+        ((12015, 200), 503, ""),
+        ((14007, 500), 503, ""),
     ],
 )
 def test_each_error_of_query(
     database: EmulatorProcess, service: ServiceProcess, code_and_http_status: tuple[int, int], status: int, advice: str
 ) -> None:
     """What the server answers to a query becomes the caller's status, in time, and the operator's advice."""
-    mark = len(service.lines)
     code, http_status = code_and_http_status
-    database.fault("query_error", code=code, http_status=http_status)
+    judge_query(database, service, {"code": code, "http_status": http_status}, status, advice)
+
+
+CUT_OFF = '{"requestID": "x", "results": [{"record_id": 1'
+SCANS = "User does not have credentials to use sequential scans. Add role query_use_sequential_scans on default:x"
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "advice"),
+    [
+        ({"code": 13014, "http_status": 401, "msg": SCANS}, 500, "CREATE INDEX by_nickname"),
+        ({"code": 12345, "retry": 1}, 503, ""),
+        ({"code": 5000, "http_status": 200, "body": CUT_OFF}, 503, ""),
+        *[({"code": 5000, "http_status": number, "body": "<html>"}, 503, "") for number in (200, 500, 502, 503)],
+        *[({"code": 5000, "http_status": number, "body": ""}, 503, "") for number in (200, 429, 500, 502, 503)],
+        ({"code": 5000, "http_status": 401, "body": "<html>"}, 503, "COUCHBASE_USER"),
+    ],
+    ids=str,
+)
+def test_what_else_a_query_is_answered(
+    database: EmulatorProcess, service: ServiceProcess, fault: dict[str, Any], status: int, advice: str
+) -> None:
+    """What the code alone does not say: a missing index of 7.6 and newer, "come again", and bodies that are no JSON."""
+    judge_query(database, service, fault, status, advice)
+
+
+def judge_query(
+    database: EmulatorProcess, service: ServiceProcess, fault: dict[str, Any], status: int, advice: str
+) -> None:
+    """Have a query fail; its status, its time and the advice must be these."""
+    mark = len(service.lines)
+    database.fault("query_error", **fault)
     [record] = ask_at_once(service.port, [LOOKUP], TOKEN)
     assert record.status == status
     assert ("retry-after" in record.headers) == (status == 503)
@@ -114,6 +148,17 @@ def test_a_missing_index(incomplete) -> None:
     assert "CREATE INDEX" in line["advice"] and "nickname" in line["advice"]
 
 
+def test_a_missing_index_of_which_a_newer_server_says_other_things(
+    database: EmulatorProcess, service: ServiceProcess
+) -> None:
+    """However often it is asked for, it opens no breaker: the other lookup may have its index."""
+    database.fault("query_error", code=13014, http_status=401, msg=SCANS)
+    answers = [service.get(LOOKUP, TOKEN).status for _ in range(7)]
+    database.clear()
+    assert answers == [500] * 7
+    assert service.get(LOOKUP, TOKEN).status == 404
+
+
 def test_an_unknown_collection(incomplete) -> None:
     """500 for the caller, the provisioning command for the operator, and profiles are served all the same."""
     _, service = incomplete
@@ -124,6 +169,20 @@ def test_an_unknown_collection(incomplete) -> None:
         assert "tests.sample_data" in service.wait_for("couchbase failure")["advice"]
     assert service.get(ID, TOKEN).status == 200
     assert service.get("/readyz").status == 200
+
+
+def test_a_collection_that_is_made_again() -> None:
+    """What is missing in it is 404 from the first request on, though the SDK has to ask for it twice."""
+    with (
+        EmulatorProcess(profiles=1, pictures=1, token=TOKEN) as own,
+        ServiceProcess(settings_for(own)) as service,
+        connect(own) as cluster,
+    ):
+        assert service.get(PICTURE, TOKEN).status == 200
+        collections = cluster.bucket(own.bucket).collections()
+        collections.drop_collection("profiles", "user_images")
+        collections.create_collection("profiles", "user_images")
+        assert service.get(PICTURE, TOKEN).status == 404
 
 
 # ---- deadlines ----

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.chaos.clients import Load, polling, wait_until
+from tests.chaos.clients import Load, by_status, polling, wait_until
 from tests.chaos.conftest import SHORT, TOKEN
 from tests.chaos.scenes import Scene
 from tests.emulator.process import EmulatorProcess
@@ -101,6 +101,20 @@ def play(case: Case) -> Outcome:
         return Outcome(lost, back, well, {status for _, status in seen})
 
 
+def slow_down() -> tuple[set[int], set[int], int]:
+    """Have each document take 1.5 s, of the 2.5 that it may; return what clients and readiness said, and how often."""
+    with ExitStack() as stack:
+        database = stack.enter_context(EmulatorProcess(profiles=50, pictures=0, token=TOKEN))
+        service = stack.enter_context(ServiceProcess(settings_for(database) | {"ACCESS_LOG": "false"}))
+        for operation in ("get", "lookup_in"):
+            database.fault("latency", ms=1500, service="kv", operation=operation)
+        seen = stack.enter_context(polling(lambda: service.get("/readyz").status))
+        with Load(service.port, itertools.cycle(IDS), lambda: TOKEN, clients=16) as load:
+            wait_until(lambda: len(load.records) >= 16 * 6, 30, "six answers a client")
+        return set(by_status(load.records)), {status for _, status in seen}, len(seen)
+
+
+SLOW = Scene(slow_down)
 SCENES = {str(case): Scene(play, case) for case in CASES}
 
 
@@ -112,6 +126,13 @@ def test_losing_couchbase(name: str) -> None:
     assert outcome.lost_seconds < LIMIT_SECONDS
     assert outcome.back_seconds < LIMIT_SECONDS
     assert outcome.well_seconds < LIMIT_SECONDS
+
+
+def test_slow_is_not_down() -> None:
+    """As long as Couchbase answers within the time-out no request fails, and the process stays ready."""
+    statuses, readiness, polls = SLOW.outcome()
+    assert (statuses, readiness) == ({200}, {200})
+    assert polls > 20
 
 
 def test_readiness_does_not_depend_on_queries(database: EmulatorProcess, service: ServiceProcess) -> None:

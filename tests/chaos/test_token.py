@@ -3,10 +3,11 @@
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
-from tests.chaos.clients import Load, Record, by_status, wait_until
+from tests.chaos.clients import Load, Record, by_status, polling, wait_until
 from tests.chaos.conftest import SHORT
 from tests.chaos.scenes import Scene
 from tests.emulator.process import EmulatorProcess
@@ -94,6 +95,31 @@ def lose(name: str) -> tuple[float, list[str], set[int], float]:
     return lost, reasons, set(by_status(load.records)), back
 
 
+def lose_collection() -> tuple[float, list[int], list[str], float]:
+    """Drop the token's collection while nobody asks for anything, and make it again.
+
+    Returns:
+        After how many seconds the service was not ready, what readiness said until a while after that, the reasons,
+        and after how many seconds it was ready again.
+    """
+    with ExitStack() as stack:
+        database = stack.enter_context(EmulatorProcess(profiles=10, pictures=0, token="last"))
+        settings = settings_for(database) | SETTINGS | {"COUCHBASE_TIMEOUT_MS": "1000"}
+        service = stack.enter_context(ServiceProcess(settings))  # the SDK asks for a collection again after 0.5 s
+        collections = stack.enter_context(connect(database)).bucket(database.bucket).collections()
+        collections.drop_collection("profiles", "service_auth")
+        with polling(lambda: service.get("/readyz").status) as seen:
+            lost = wait_until(lambda: seen and seen[-1][1] == 503, 15, "not ready")
+            time.sleep(3 * PERIOD_SECONDS)
+        reasons: list[str] = service.get("/readyz").json()["reasons"]
+        assert service.get(IDS[0], "last").status == 200
+        collections.create_collection("profiles", "service_auth")
+        database.set_token("last")
+        back = wait_until(lambda: service.get("/readyz").status == 200, 15, "ready again")
+    return lost, [status for _, status in seen], reasons, back
+
+
+COLLECTION = Scene(lose_collection)
 ROTATION = Scene(rotate)
 LOSSES = {name: Scene(lose, name) for name in UNREADABLE}
 
@@ -114,3 +140,12 @@ def test_a_token_that_cannot_be_read(name: str) -> None:
     assert any("token" in reason for reason in reasons)
     assert statuses == {200}
     assert back < 2 * PERIOD_SECONDS
+
+
+def test_a_token_whose_collection_is_gone() -> None:
+    """It is as if the document alone were gone: data is served, and readiness goes once, not again and again."""
+    lost, seen, reasons, back = COLLECTION.outcome()
+    assert 2 * PERIOD_SECONDS - 0.1 < lost < 3 * PERIOD_SECONDS + LEEWAY_SECONDS
+    assert seen == sorted(seen)
+    assert any("token" in reason for reason in reasons)
+    assert back < 2 * PERIOD_SECONDS + LEEWAY_SECONDS

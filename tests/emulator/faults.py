@@ -7,7 +7,7 @@ is the HTTP side.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tests.emulator.wire import DOCUMENT_OPCODES, OPERATIONS, Opcode, Status
@@ -92,6 +92,8 @@ CATALOGUE: dict[str, tuple[str, dict[str, Parameter]]] = {
             "msg": Parameter(str, "the error's message", default="injected error"),
             "count": COUNT,
             "http_status": Parameter(int, "the HTTP status", default=500, least=200, most=599),
+            "retry": Parameter(int, "1: the error says that it may be tried again", default=0, most=1),
+            "body": Parameter(str, "what is sent instead of the error, such as a page or JSON that is cut off"),
         },
     ),
     "forget": ("the query service forgets its prepared statements, as one does that starts again", {}),
@@ -158,6 +160,8 @@ class QueryFault:
     code: int
     msg: str
     http_status: int
+    retry: int
+    body: str | None
 
 
 def check_parameters(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +266,7 @@ class Faults:
                 if rule.spent():
                     self._rules.remove(rule)
                     self._tell()
-                return QueryFault(*(rule.parameters[name] for name in ("code", "msg", "http_status")))
+                return QueryFault(**{field.name: rule.parameters[field.name] for field in fields(QueryFault)})
         return None
 
     async def before(self, service: str, operation: str, node: int) -> None:

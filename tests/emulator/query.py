@@ -48,8 +48,10 @@ def routes(engine: QueryEngine, users: Users, faults: Faults, node: int) -> list
             members = await read_request(request)
             reply.read_members(members)
             fault = faults.take_query_error()
+            if fault is not None and fault.body is not None:
+                return web.Response(text=fault.body, status=fault.http_status, content_type="application/json")
             if fault is not None:
-                return reply.failed(QueryError(fault.code, fault.msg), fault.http_status)
+                return reply.failed(QueryError(fault.code, fault.msg), fault.http_status, retry=bool(fault.retry))
             if not users.unrestricted(user):
                 check_roles(users, user, engine, members)
             return reply.succeeded(await run(engine, members))
@@ -158,11 +160,12 @@ class Reply:
             counts += f',"sortCount":{result.sort_count}'
         return self._finish("success", 200, counts)
 
-    def failed(self, error: QueryError, http_status: int) -> web.Response:
-        """Reply with an error."""
+    def failed(self, error: QueryError, http_status: int, *, retry: bool = False) -> web.Response:
+        """Reply with an error, and whether the request may be tried again."""
         if error.request_status != "fatal":
             self._head.append(b'"results":[]')
-        self._head.append(b'"errors":' + json.dumps([{"code": error.code, "msg": error.msg}]).encode())
+        described: dict[str, Any] = {"code": error.code, "msg": error.msg} | ({"retry": True} if retry else {})
+        self._head.append(b'"errors":' + json.dumps([described]).encode())
         return self._finish(error.request_status, http_status, '"resultCount":0,"resultSize":0,"errorCount":1')
 
     def _finish(self, status: str, http_status: int, counts: str) -> web.Response:

@@ -161,14 +161,44 @@ def test_picture_without_usable_content_is_422(service: ServiceProcess, database
             images.remove("user_images:broken")
 
 
-def test_a_document_that_is_not_json_is_500_and_logged(service: ServiceProcess, database, scope) -> None:
-    users = scope.collection("user_data")
-    users.upsert("user_data:binary", b"\x00\x01", UpsertOptions(transcoder=RawBinaryTranscoder()))
+STORED = {
+    "an object": (b'{"a": 1}', 200),
+    "objects in it": (b' {"a": {"b": {}}}\n', 200),
+    "binary": (b"\x00\x01", 500),
+    "nothing": (b"", 500),
+    "white space": (b" \n", 500),
+    "cut off": (b'{"a": {"b": 1}', 500),
+    "cut off in its only object": (b'{"a": 1', 500),
+    "several objects": (b'{"a": 1},{"a": 2}', 500),
+    "brackets between objects": (b'{"a": 1}],[{"a": 2}', 500),
+    "an array": (b'[{"a": 1}]', 500),
+    "a text": (b'"a"', 500),
+    "null": (b"null", 500),
+    "another encoding": ('{"a": {}}'.encode("utf-16-le"), 500),
+    "too deep": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, 500),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("route", ["id", "picture/record"])
+def test_a_stored_value_is_sent_if_it_is_a_json_object(
+    service: ServiceProcess, database, scope, route: str, kind: str
+) -> None:
+    """Its bytes count, not its flags, which here say binary; anything else is 500, and the log says what to do."""
+    value, status = STORED[kind]
+    collection = {"id": "user_data"}.get(route, "user_images")
+    stored = scope.collection(collection)
+    stored.upsert(f"{collection}:kind", value, UpsertOptions(transcoder=RawBinaryTranscoder()))
     try:
-        assert service.get("/api/v1/id/binary", database.token).status == 500
+        answer = service.get(f"/api/v1/{route}/kind", database.token)
     finally:
-        users.remove("user_data:binary")
-    assert service.wait_for("couchbase failure")["advice"] == "store this document as JSON"
+        stored.remove(f"{collection}:kind")
+    assert answer.status == status
+    if status == 200:
+        assert answer.body == b"[" + value + b"]"
+    else:
+        assert answer.json()["detail"] == "the document is not JSON"
+        assert service.wait_for("couchbase failure")["advice"] == "store this document as JSON"
 
 
 def test_etag_follows_the_document(service: ServiceProcess, database, scope) -> None:
@@ -282,6 +312,6 @@ def test_missing_index_tells_the_operator_the_statement(service: ServiceProcess,
         advice = service.wait_for("couchbase failure")["advice"]
         assert "CREATE INDEX by_nickname IF NOT EXISTS" in advice
     finally:
-        for statement in micro_svc_demo.MISSING_INDEX.split("; "):
+        for statement in micro_svc_demo.MISSING_INDEX.split("\n"):
             scope.query(statement).execute()
     assert service.get("/api/v1/nickname/nobody", emulator.token).status == 404

@@ -31,6 +31,7 @@ EXPECTED: dict[str, tuple[int, str]] = {
     "HTTPException": (503, "outage"),
     "InternalServerFailureException": (503, "outage"),
     "MissingConnectionException": (503, "outage"),
+    "ParsingFailedException": (503, "outage"),  # without a code: an answer that is no JSON, or is cut off
     "QuotaLimitedException": (503, "outage"),
     "RateLimitedException": (503, "outage"),
     "RequestCanceledException": (503, "outage"),
@@ -48,7 +49,6 @@ EXPECTED: dict[str, tuple[int, str]] = {
     "FeatureUnavailableException": (500, "request"),
     "InternalSDKException": (500, "request"),
     "InvalidArgumentException": (500, "request"),
-    "ParsingFailedException": (500, "request"),
     "UnsuccessfulOperationException": (500, "request"),
     "UnsupportedOperation": (500, "request"),
 }
@@ -223,14 +223,47 @@ def test_the_problem_of_each(store: service.ProfileStore, logged, name: str) -> 
     assert (line["level"] == "error") == ("advice" in line)
 
 
-def code(number: int) -> Exception:
-    """Return a query's failure as the SDK has it for a code that it has no class for."""
+def code(number: int, kind: type[Exception] = cb.CouchbaseException, **context: object) -> Exception:
+    """Return a query's failure as the SDK has it for a code, of a class that it has for others too."""
 
-    class Coded(cb.CouchbaseException):
-        error_context = type("Context", (), {"_get_base": lambda _self: {"first_error_code": number}})()
+    class Coded(kind):  # type: ignore[misc, valid-type]  # a parameter
+        error_context = type("Context", (), {"_get_base": lambda _self: {"first_error_code": number} | context})()
         message = "Streaming operation failed"
 
     return Coded()
+
+
+SCANS = "User does not have credentials to use sequential scans. Add role query_use_sequential_scans on …"
+RETRY = {"http_body": '{"requestID": "x",\n"results": [],\n"errors": [{"code": 1, "msg": "x", "retry" : true}]}'}
+ROW_SAYS_RETRY = {"http_body": '{"results": [{"retry": true}], "errors": [{"code": 1, "msg": "x", "retry": false}]}'}
+OUTDATED: dict[str, object] = {"retry_reasons": {"key_value_collection_outdated"}}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "counts"),
+    [
+        *[(code(number), 503, "outage") for number in (4080, 4090, 12008, 12009, 12015, 12020, 14000, 14507, 14999)],
+        (code(15000), 500, "request"),
+        (code(12345, **RETRY), 503, "outage"),
+        (code(12345, **ROW_SAYS_RETRY), 500, "request"),
+        (code(3000, cb.ParsingFailedException), 500, "request"),
+        (code(0, cb.ParsingFailedException), 503, "outage"),
+        (code(1080, cb.UnAmbiguousTimeoutException), 504, "outage"),
+        (code(1080, cb.UnAmbiguousTimeoutException, **RETRY), 504, "outage"),
+        (code(2120, cb.InternalServerFailureException, http_status=401), 503, "outage"),
+        (code(0, cb.ParsingFailedException, http_status=401), 503, "outage"),
+        (code(13014, cb.AuthenticationException, http_status=401), 503, "outage"),
+        (code(13014, cb.AuthenticationException, http_status=401, first_error_message=SCANS), 500, "request"),
+        (code(0, cb.UnAmbiguousTimeoutException, **OUTDATED), 500, "request"),
+        (code(0, cb.DocumentNotFoundException, **OUTDATED), 404, "request"),
+        (code(0, cb.TemporaryFailException, **OUTDATED), 503, "outage"),
+    ],
+    ids=str,
+)
+def test_what_the_code_and_the_context_say(error: Exception, status: int, counts: str) -> None:
+    """What may be tried again is an outage; a retry's reason counts only where nothing else was answered."""
+    failure = service.failure_of(error)
+    assert (failure.status, failure.outage) == (status, counts == "outage")
 
 
 @pytest.mark.parametrize(
@@ -242,6 +275,9 @@ def code(number: int) -> Exception:
         (cb.ScopeNotFoundException(), "tests.sample_data"),
         (cb.KeyspaceNotFoundException(), "tests.sample_data"),
         (code(12003), "tests.sample_data"),
+        (code(2120, cb.InternalServerFailureException), "COUCHBASE_USER"),
+        (code(0, cb.ParsingFailedException, http_status=401), "COUCHBASE_USER"),
+        (code(13014, cb.AuthenticationException, http_status=401, first_error_message=SCANS), "CREATE INDEX"),
         (cb.BucketNotFoundException(), "tests.sample_data"),
         (cb.AuthenticationException(), "COUCHBASE_USER"),
         (cb.ValueFormatException(), "JSON"),
@@ -258,8 +294,10 @@ def test_the_operator_is_told_what_to_do(store: service.ProfileStore, logged, er
 def test_the_advice_for_a_missing_index_are_statements_for_both(store: service.ProfileStore, logged) -> None:
     store.problem(cb.QueryIndexNotFoundException(), "query")
     [line] = logged()
-    assert line["advice"].count("CREATE INDEX") == 2
-    assert "nickname" in line["advice"] and "user_id" in line["advice"]
+    by_nickname, by_user_id, build = line["advice"].split("\n")  # each can be pasted and sent as it is
+    assert by_nickname.startswith("CREATE INDEX by_nickname ") and by_user_id.startswith("CREATE INDEX by_user_id ")
+    assert build == "BUILD INDEX ON `user_data`(by_nickname, by_user_id)"  # of those that are there, but deferred
+    assert ";" not in line["advice"]
 
 
 class Unspeakable(cb.UnAmbiguousTimeoutException):

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from unittest.mock import Mock
 
@@ -55,26 +56,57 @@ def test_picture_record_and_raw(ask) -> None:
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "unusable"),
     [
-        b"not json",
-        b"[]",
-        b"{}",
-        b'{"type": "png"}',
-        b'{"image": "QQ=="}',
-        b'{"type": "png", "image": ""}',
-        b'{"type": "png", "image": "Q"}',
-        b'{"type": "png", "image": "QQ==\\n"}',
-        b'{"type": "png", "image": 1}',
-        b'{"type": 1, "image": "QQ=="}',
-        b'{"type": "png\\r\\nX: y", "image": "QQ=="}',
-        b'{"type": "../png", "image": "QQ=="}',
-        b'{"type": "", "image": "QQ=="}',
+        (b"not json", "type and no usable image"),
+        (b"[]", "type and no usable image"),
+        (b"{}", "type and no usable image"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "type and no usable image"),
+        (b'{"type": "png"}', "image"),
+        (b'{"image": "QQ=="}', "type"),
+        (b'{"type": null, "image": "QQ=="}', "type"),
+        (b'{"type": "png", "image": ""}', "image"),
+        (b'{"type": "png", "image": " =="}', "image"),
+        (b'{"type": "png", "image": "Q"}', "image"),
+        (b'{"type": "png", "image": "QQ==QQ=="}', "image"),
+        (b'{"type": "png", "image": "QQ*="}', "image"),
+        (b'{"type": "png", "image": "\\ud800"}', "image"),
+        (b'{"type": "png", "image": "data:image/png,QQ=="}', "image"),
+        (b'{"type": "png", "image": 1}', "image"),
+        (b'{"type": 1, "image": "QQ=="}', "type"),
+        (b'{"type": "png\\r\\nX: y", "image": "QQ=="}', "type"),
+        (b'{"type": "../png", "image": "QQ=="}', "type"),
+        (b'{"type": "text/png", "image": "QQ=="}', "type"),
+        (b'{"type": "image/", "image": "QQ=="}', "type"),
+        (b'{"type": "", "image": "QQ=="}', "type"),
     ],
+    ids=lambda value: ascii(value)[:60],
 )
-def test_unusable_picture_record_is_422(ask, shelf, record: bytes) -> None:
+def test_unusable_picture_record_is_422(ask, shelf, record: bytes, unusable: str) -> None:
+    """The detail says which member it is."""
     shelf.documents["user_images", "user_images:5"] = service.Document(record, 1)
-    assert ask("/api/v1/picture/raw/5", BEARER).status == 422
+    answer = ask("/api/v1/picture/raw/5", BEARER)
+    assert (answer.status, answer.json()["detail"]) == (422, f"the picture record has no usable {unusable}")
+
+
+@pytest.mark.parametrize("kind", ["png", "PNG", "image/png", "Image/Png", " png\n"])
+@pytest.mark.parametrize(
+    "encode",
+    [
+        base64.b64encode,
+        base64.encodebytes,  # in lines, with a new line at its end
+        lambda content: b"\r\n ".join(base64.encodebytes(content).split()),
+        base64.urlsafe_b64encode,
+        lambda content: base64.b64encode(content).rstrip(b"="),
+        lambda content: b"data:image/png;base64," + base64.b64encode(content),
+        lambda content: b" DATA:;charset=x;base64," + base64.urlsafe_b64encode(content).rstrip(b"="),
+    ],
+    ids=["plain", "in lines", "indented lines", "url-safe", "without padding", "data URL", "all of it"],
+)
+def test_pictures_are_taken_as_people_store_them(encode: Callable[[bytes], bytes], kind: str) -> None:
+    content = bytes(range(256)) * 2 + b"\xff"
+    record = json.dumps({"type": kind, "image": encode(content).decode()}).encode()
+    assert service.decode_picture(record) == ("image/png", content)
 
 
 def test_a_picture_is_decoded_once_for_each_cas(ask, shelf) -> None:
@@ -293,7 +325,7 @@ def test_a_client_too_many_is_told_as_its_first_bytes_want(
         elif first is not None:
             connection.eof_received()
         else:
-            connection.expire(connection.deadline)
+            connection.expire()
         await written.wait()
         transport.write.assert_called_once()
         return transport.write.call_args.args[0]

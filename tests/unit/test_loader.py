@@ -267,6 +267,52 @@ async def test_a_batch_has_a_bound(bench: Bench) -> None:
     assert await replies(clients) == found(*range(1000, 1002 + size))
 
 
+def pictures(bench: Bench, *numbers: int) -> list[asyncio.Future[Reply]]:
+    return [bench.ask(f"/api/v1/picture/record/{number}") for number in numbers]
+
+
+@in_the_loop
+async def test_large_documents_are_bounded_by_their_bytes(bench: Bench) -> None:
+    """As large as the last ones were: at first a picture is taken for one of 6 MiB. The other collection goes on."""
+    clients = pictures(bench, 1, 2, 2, 3, 4, 5)  # each answer counts, not each key
+    [large] = await bench.calls(1)
+    assert large.keys == [f"user_images:{number}" for number in (1, 2, 3)]
+    profile = bench.profiles(7)
+    [call] = await bench.calls(1)
+    call.answer()
+    assert await replies(profile) == found(7)
+    large.answer()
+    [rest] = await bench.calls(1)
+    assert rest.keys == ["user_images:4", "user_images:5"]
+    rest.answer()
+    assert await statuses(*clients) == [200] * 6
+    assert bench.loader.fetching_bytes == 0 and bench.loader.sizes[service.IMAGES] < 4 << 20
+
+
+@in_the_loop
+async def test_answers_that_are_not_sent_yet_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not for long those of a client that takes nothing: it must not stop others."""
+    sent = time.monotonic() + 30.0  # the deadline of an answer that has just been begun
+    transport = Mock(get_write_buffer_size=Mock(return_value=30 << 20))
+    slow = Mock(spec=service.Connection, transport=transport, deadline=sent, write_seconds=30.0)
+    bench.loader.writing.add(slow)
+    clients = pictures(bench, 1, 2)
+    profile = bench.profiles(7)
+    [call] = await bench.calls(1)
+    assert call.keys == keys(7)
+    call.answer()
+    assert await replies(profile) == found(7)
+    monkeypatch.setattr(bench.database, "timeout_seconds", 0.05)  # whoever has waited for as long is refused meanwhile
+    assert await statuses(*clients) == [503, 503]
+    monkeypatch.setattr(bench.database, "timeout_seconds", SECONDS)
+    clients = pictures(bench, 3, 4)
+    slow.deadline -= service.Loader.sending_seconds
+    [call] = await bench.calls(1)
+    assert call.target == service.IMAGES
+    call.answer()
+    assert await statuses(*clients) == [200, 200]
+
+
 @in_the_loop
 async def test_what_comes_while_all_are_busy_is_the_next_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several turns, up to the bound; those who have waited have less time left for Couchbase."""
