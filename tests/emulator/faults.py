@@ -18,6 +18,11 @@ MAX_COUNT = 1_000_000_000
 MAX_TEXT = 4096
 
 
+TYPES = {str: "a text", int: "an integer", bool: "true or false"}
+WHOLE, TEXT, CUT = "whole", "text", "cut"
+"""What a reply to a query may look like: as it should, no JSON at all, or JSON that ends too soon."""
+
+
 class FaultError(ValueError):
     """A fault, or a parameter of one, is not what it should be; the message says what is."""
 
@@ -39,8 +44,8 @@ class Parameter:
         """Return the value if it will do, or raise FaultError."""
         if value is None and self.nullable:
             return None
-        if not isinstance(value, self.type) or isinstance(value, bool):
-            raise FaultError(f"{name} must be {'a text' if self.type is str else 'an integer'}, not {value!r}")
+        if type(value) is not self.type:
+            raise FaultError(f"{name} must be {TYPES[self.type]}, not {value!r}")
         if self.values and value not in self.values:
             raise FaultError(f"{name} must be one of {', '.join(map(str, self.values))}, not {value!r}")
         if isinstance(value, int) and not self.least <= value <= self.most:
@@ -51,7 +56,7 @@ class Parameter:
 
     def describe(self) -> str:
         """Say it in one line."""
-        parts = ["text" if self.type is str else "integer", self.help]
+        parts = [TYPES[self.type], self.help]
         parts += [f"one of {', '.join(self.values)}"] if self.values and len(self.values) < len(OPERATIONS) else []
         parts += ["required"] if self.required else [f"default {self.default}"] if self.default is not None else []
         return "; ".join(parts)
@@ -88,10 +93,17 @@ CATALOGUE: dict[str, tuple[str, dict[str, Parameter]]] = {
     "query_error": (
         "queries fail with an error",
         {
-            "code": Parameter(int, "the error's code, such as 5000", required=True),
+            "code": Parameter(int, "the error's code, such as 5000", default=5000),
             "msg": Parameter(str, "the error's message", default="injected error"),
             "count": COUNT,
             "http_status": Parameter(int, "the HTTP status", default=500, least=200, most=599),
+            "retry": Parameter(bool, "the error's member of that name; absent: it has none"),
+            "body": Parameter(
+                str,
+                "text: the message and no JSON; cut: JSON that ends in its second row",
+                default=WHOLE,
+                values=(WHOLE, TEXT, CUT),
+            ),
         },
     ),
     "forget": ("the query service forgets its prepared statements, as one does that starts again", {}),
@@ -153,11 +165,21 @@ class Rule:
 
 @dataclass(frozen=True)
 class QueryFault:
-    """The error that a query is to fail with."""
+    """What a query is to fail with; see the parameters of ``query_error``."""
 
     code: int
     msg: str
     http_status: int
+    retry: bool | None
+    form: str
+
+    def error(self) -> dict[str, Any]:
+        """Return the error as it is in the reply."""
+        return {"code": self.code, "msg": self.msg} | ({} if self.retry is None else {"retry": self.retry})
+
+    def body(self, failed: bytes, succeeded: bytes) -> bytes:
+        """Return the body of the reply, made of one with the error and of one with two rows."""
+        return {WHOLE: failed, TEXT: self.msg.encode(), CUT: succeeded[: succeeded.index(b"cut")]}[self.form]
 
 
 def check_parameters(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +284,7 @@ class Faults:
                 if rule.spent():
                     self._rules.remove(rule)
                     self._tell()
-                return QueryFault(*(rule.parameters[name] for name in ("code", "msg", "http_status")))
+                return QueryFault(*(rule.parameters[name] for name in ("code", "msg", "http_status", "retry", "body")))
         return None
 
     async def before(self, service: str, operation: str, node: int) -> None:
