@@ -142,7 +142,7 @@ def test_writes_show_at_once(scope: Scope, users: Collection) -> None:
     assert lookup(scope, "fresh") == [{"nickname": "fresh", "n": 1}]
     users.upsert("fresh", {"nickname": "stale"})
     assert lookup(scope, "fresh") == []
-    for other in ({"nickname": 5}, ["nickname"], {}, {"nickname": "stale"}):
+    for other in ({"nickname": ["stale"]}, ["nickname"], {}, {"nickname": "stale"}):
         users.upsert("fresh", other)
     assert lookup(scope, "stale") == [{"nickname": "stale"}]
     users.remove("fresh")
@@ -245,10 +245,14 @@ def test_wrong_password(emulator: EmulatorProcess, scope: Scope) -> None:
 
 def test_without_an_index_an_administrator_scans(scope: Scope, users: Collection, without_index: None) -> None:
     """Silently, and finds the same in the same order."""
-    wanted = users.get("user_data:7").content_as[dict]
-    found = lookup(scope, wanted["nickname"])
+    for key in ("scan:2", "scan:1"):
+        users.upsert(key, {"nickname": "scanned", "key": key})
+    found = lookup(scope, "scanned")
     scope.query(CREATE).execute()
-    assert wanted in found and found == lookup(scope, wanted["nickname"])
+    assert [row["key"] for row in found] == ["scan:1", "scan:2"]
+    assert found == lookup(scope, "scanned")
+    for key in ("scan:2", "scan:1"):
+        users.remove(key)
 
 
 def test_without_an_index_others_are_refused(emulator: EmulatorProcess, without_index: None) -> None:
