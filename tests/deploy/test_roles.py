@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from micro_svc_demo import PROFILES_BY_NICKNAME
 from tests.emulator.process import EmulatorProcess
 from tests.emulator.raw import RawClient
 from tests.emulator.users import Privilege, Role, Users
@@ -147,11 +148,10 @@ class TestQuery:
     @pytest.mark.parametrize(
         "statement",
         [
-            "SELECT RAW p FROM user_data AS p WHERE p.nickname = 'x'",
-            "EXPLAIN SELECT RAW p FROM user_data AS p WHERE p.nickname = 'x'",
-            "PREPARE mine FROM SELECT RAW p FROM user_data AS p WHERE p.nickname = 'x'",
+            PROFILES_BY_NICKNAME,
+            f"PREPARE {PROFILES_BY_NICKNAME}",
             "CREATE INDEX mine ON user_data(name)",
-            "DELETE FROM user_data WHERE nickname = 'x'",
+            "DROP INDEX by_nickname ON user_data",
         ],
     )
     def test_reading_documents_is_not_querying_them(self, emulator: EmulatorProcess, statement: str) -> None:
@@ -159,6 +159,8 @@ class TestQuery:
         status, answer = http_answer(emulator, emulator.query_port, "POST", "/query/service", body)
         assert (status, answer["errors"][0]["code"]) == (401, 13014)
 
-    def test_what_names_no_documents_is_allowed(self, emulator: EmulatorProcess) -> None:
-        status, answer = http_answer(emulator, emulator.query_port, "POST", "/query/service", {"statement": "SELECT 1"})
-        assert (status, answer["status"]) == (200, "success")
+    @pytest.mark.parametrize("admin", [False, True])
+    def test_indexes_of_what_one_may_not_query_are_not_listed(self, emulator: EmulatorProcess, admin: bool) -> None:
+        body = {"statement": "SELECT RAW name FROM system:indexes WHERE keyspace_id = 'user_data'"}
+        status, answer = http_answer(emulator, emulator.query_port, "POST", "/query/service", body, admin=admin)
+        assert (status, answer["results"]) == (200, ["by_nickname", "by_user_id"] if admin else [])

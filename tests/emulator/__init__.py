@@ -4,7 +4,6 @@
 starts that from a test.
 """
 
-import asyncio
 import gc
 import secrets
 import shutil
@@ -18,13 +17,13 @@ from aiohttp import web
 from tests import sample_data
 from tests.emulator import control
 from tests.emulator.documents import Cluster, Collection
+from tests.emulator.engine import RELEASES, QueryEngine
 from tests.emulator.faults import FaultError, Faults
 from tests.emulator.kv import KeyValueService
 from tests.emulator.layout import Layout, NodePorts
 from tests.emulator.management import Management, guard
 from tests.emulator.nodes import Listener, Node
 from tests.emulator.query import routes as query_routes
-from tests.emulator.sqlpp import QueryEngine
 from tests.emulator.tls import make_certificate
 from tests.emulator.users import Role, Users
 
@@ -32,8 +31,6 @@ __all__ = ["Emulator", "Options"]
 
 DEFAULT_PICTURES = 1000
 """A picture takes ten times the memory of a profile and twenty times the time to make."""
-EXPIRY_SWEEP_SECONDS = 1.0
-MAX_STATEMENT_BYTES = 64 * 1024 * 1024
 
 
 @dataclass
@@ -57,6 +54,7 @@ class Options:
         pictures: How many pictures; None: one a profile, up to ``DEFAULT_PICTURES``.
         seed: What the sample data is generated from.
         empty: Leave the bucket with nothing but its default collection.
+        release: Which release's query service it plays: one of ``RELEASES``.
     """
 
     host: str = "127.0.0.1"
@@ -79,6 +77,7 @@ class Options:
     pictures: int | None = None
     seed: int = sample_data.DEFAULT_SEED
     empty: bool = False
+    release: str = RELEASES[-1]
 
 
 class Emulator:
@@ -99,13 +98,12 @@ class Emulator:
         roles = {} if second is None else {second: self.options.roles}
         self.users = Users(passwords | {self.options.user: self.password}, roles)
         self.faults = Faults()
-        self.engine = QueryEngine(self.cluster)
+        self.engine = QueryEngine(self.cluster, self.options.release)
         self.nodes: list[Node] = []
         self.ca_file: Path | None = None
         self._faults_listener: Listener | None = None
         self._faults_runner: web.AppRunner | None = None
         self._directory: Path | None = None
-        self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Fill in the data and listen; raises PortInUseError, having stopped what had started."""
@@ -118,8 +116,6 @@ class Emulator:
 
     async def stop(self) -> None:
         """Cut all connections and give back ports and files."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
         for node in self.nodes:
             await node.close()
         if self._faults_runner is not None:
@@ -181,7 +177,7 @@ class Emulator:
         self._fill_profiles()
         context = f"default:`{bucket.name}`.`{sample_data.SCOPE}`"
         for statement in sample_data.INDEXES.values():
-            self.engine.execute({"statement": statement, "query_context": context})
+            self.engine.run({"statement": statement, "query_context": context}, lambda *_: True)
         # The documents live as long as the process: without this, each full collection would walk all of them.
         gc.collect()
         gc.freeze()
@@ -233,20 +229,13 @@ class Emulator:
         await self._faults_runner.setup()
         assert self._faults_runner.server is not None
         await self._faults_listener.start(self._faults_runner.server, None)
-        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
 
     def _applications(self, index: int, layout: Layout) -> dict[str, web.Application]:
         management = web.Application(middlewares=[guard(self.users, self.faults, index)])
-        management.add_routes(Management(index, self.cluster, layout, self.users).routes())
-        query = web.Application(client_max_size=MAX_STATEMENT_BYTES)
+        management.add_routes(Management(self.cluster, layout, self.users).routes())
+        query = web.Application()
         query.add_routes(query_routes(self.engine, self.users, self.faults, index))
         return {"query": query, "management": management}
-
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(EXPIRY_SWEEP_SECONDS)
-            for bucket in self.cluster.buckets.values():
-                bucket.remove_expired()
 
     # ---- the faults that happen once ----
 

@@ -12,6 +12,7 @@ import threading
 from dataclasses import fields
 
 from tests.emulator import DEFAULT_PICTURES, Emulator, Options
+from tests.emulator.engine import RELEASES
 from tests.emulator.nodes import PortInUseError
 from tests.emulator.tls import CERTIFICATES
 from tests.emulator.users import Role
@@ -75,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=whole_number(0, 2**31), metavar="N", help="what the sample data is generated from"
     )
     flags.add_argument("--empty", action="store_true", help="leave the bucket without scopes and collections")
+    flags.add_argument("--release", choices=RELEASES, help="which release's query service it plays")
     flags.add_argument("--until-stdin-closes", action="store_true", help="end when the standard input does")
     flags.set_defaults(**{option.name: option.default for option in fields(Options)})
     return flags

@@ -7,7 +7,7 @@ is the HTTP side.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from tests.emulator.wire import DOCUMENT_OPCODES, OPERATIONS, Opcode, Status
@@ -16,6 +16,9 @@ SERVICES = ("kv", "query", "management")
 MAX_LATENCY_MS = 600_000
 MAX_COUNT = 1_000_000_000
 MAX_TEXT = 4096
+
+
+TYPES = {str: "a text", int: "an integer", bool: "true or false"}
 
 
 class FaultError(ValueError):
@@ -39,8 +42,8 @@ class Parameter:
         """Return the value if it will do, or raise FaultError."""
         if value is None and self.nullable:
             return None
-        if not isinstance(value, self.type) or isinstance(value, bool):
-            raise FaultError(f"{name} must be {'a text' if self.type is str else 'an integer'}, not {value!r}")
+        if type(value) is not self.type:
+            raise FaultError(f"{name} must be {TYPES[self.type]}, not {value!r}")
         if self.values and value not in self.values:
             raise FaultError(f"{name} must be one of {', '.join(map(str, self.values))}, not {value!r}")
         if isinstance(value, int) and not self.least <= value <= self.most:
@@ -51,7 +54,7 @@ class Parameter:
 
     def describe(self) -> str:
         """Say it in one line."""
-        parts = ["text" if self.type is str else "integer", self.help]
+        parts = [TYPES[self.type], self.help]
         parts += [f"one of {', '.join(self.values)}"] if self.values and len(self.values) < len(OPERATIONS) else []
         parts += ["required"] if self.required else [f"default {self.default}"] if self.default is not None else []
         return "; ".join(parts)
@@ -88,11 +91,11 @@ CATALOGUE: dict[str, tuple[str, dict[str, Parameter]]] = {
     "query_error": (
         "queries fail with an error",
         {
-            "code": Parameter(int, "the error's code, such as 5000", required=True),
+            "code": Parameter(int, "the error's code, such as 5000", default=5000),
             "msg": Parameter(str, "the error's message", default="injected error"),
             "count": COUNT,
             "http_status": Parameter(int, "the HTTP status", default=500, least=200, most=599),
-            "retry": Parameter(int, "1: the error says that it may be tried again", default=0, most=1),
+            "retry": Parameter(bool, "the error's member of that name; absent: it has none"),
             "body": Parameter(str, "what is sent instead of the error, such as a page or JSON that is cut off"),
         },
     ),
@@ -155,13 +158,17 @@ class Rule:
 
 @dataclass(frozen=True)
 class QueryFault:
-    """The error that a query is to fail with."""
+    """What a query is to fail with; see the parameters of ``query_error``."""
 
     code: int
     msg: str
     http_status: int
-    retry: int
+    retry: bool | None
     body: str | None
+
+    def error(self) -> dict[str, Any]:
+        """Return the error as it is in the reply."""
+        return {"code": self.code, "msg": self.msg} | ({} if self.retry is None else {"retry": self.retry})
 
 
 def check_parameters(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +273,7 @@ class Faults:
                 if rule.spent():
                     self._rules.remove(rule)
                     self._tell()
-                return QueryFault(**{field.name: rule.parameters[field.name] for field in fields(QueryFault)})
+                return QueryFault(*(rule.parameters[name] for name in ("code", "msg", "http_status", "retry", "body")))
         return None
 
     async def before(self, service: str, operation: str, node: int) -> None:

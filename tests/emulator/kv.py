@@ -2,8 +2,8 @@
 
 import asyncio
 import json
+import re
 import struct
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -11,24 +11,20 @@ from typing import cast
 
 from scramp import ScramException  # type: ignore[import-untyped]
 
-from tests.emulator import subdoc
 from tests.emulator.documents import (
-    JSON_FLAGS,
     MAX_KEY_BYTES,
     MAX_VALUE_BYTES,
     Bucket,
     Cluster,
     Collection,
     Document,
-    OutOfMemoryError,
     next_cas,
 )
 from tests.emulator.faults import Faults
+from tests.emulator.indexes import parse
 from tests.emulator.layout import Layout
-from tests.emulator.subdoc import SubdocError
-from tests.emulator.users import MECHANISMS, Path, Privilege, ScramExchange, Users
+from tests.emulator.users import MECHANISM, Path, Privilege, ScramExchange, Users
 from tests.emulator.wire import (
-    DOCUMENT_OPCODES,
     HEADER,
     HEADER_BYTES,
     JSON_DATATYPE,
@@ -53,8 +49,6 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Replies are sent when there are so many bytes of them; and while so many wait to be sent, no more are made."""
 MAX_WAITING_REQUESTS = 10_000
 """How many requests of one connection may wait for injected latency before it is read from no more."""
-RELATIVE_EXPIRY_SECONDS = 30 * 24 * 3600
-"""An expiry up to this is seconds from now; past it, Unix seconds."""
 MAX_NAMED_COLLECTION_KEY_BYTES = 246
 """The 250 bytes of a key, less what the id of a collection other than the default may take."""
 
@@ -63,23 +57,12 @@ FLAGS_AND_EXPIRY = struct.Struct(">LL")
 COLLECTION_ID = struct.Struct(">QL")
 METADATA = struct.Struct(">LLLQB")
 PATH_RESULT = struct.Struct(">HL")
-MUTATION_RESULT = struct.Struct(">BHL")
-MUTATION_FAILURE = struct.Struct(">BH")
+LOOKUP_SPEC = struct.Struct(">BBH")
+LOOKUP_GET = 0xC5
+"""The sub-document command that a LOOKUP_IN has for a path's value (kv_engine's docs/BinaryProtocol.md)."""
+MEMBER = re.compile(rb"[A-Za-z_]\w*")
 
-DOCUMENT_MKDOC, DOCUMENT_ADD = 0x01, 0x02
-
-READS = frozenset(
-    {
-        Opcode.GET,
-        Opcode.GET_REPLICA,
-        Opcode.EXISTS,
-        Opcode.SUBDOC_GET,
-        Opcode.SUBDOC_EXISTS,
-        Opcode.LOOKUP_IN,
-        Opcode.GET_AND_TOUCH,
-    }
-)
-WRITES = DOCUMENT_OPCODES - READS | {Opcode.GET_AND_TOUCH}
+READS = frozenset({Opcode.GET, Opcode.GET_REPLICA, Opcode.EXISTS, Opcode.LOOKUP_IN})
 
 ERROR_MAP = {
     "version": 1,
@@ -115,11 +98,6 @@ class StatusError(Exception):
         super().__init__(status)
         self.status = status
         self.value = value
-
-
-def absolute_expiry(expiry: int) -> int:
-    """Return an expiry as it came over the wire in Unix seconds, 0 for never."""
-    return expiry + int(time.time()) if 0 < expiry <= RELATIVE_EXPIRY_SECONDS else expiry
 
 
 class KeyValueService:
@@ -348,10 +326,6 @@ class Connection(asyncio.Protocol):
             return handler(self, request)
         except StatusError as error:
             return reply(request, error.status, error.value)
-        except SubdocError as error:
-            return reply(request, error.status)
-        except OutOfMemoryError:
-            return reply(request, Status.OUT_OF_MEMORY)
         except (struct.error, UnicodeDecodeError):
             return reply(request, Status.INVALID)
         except Exception:
@@ -368,7 +342,7 @@ class Connection(asyncio.Protocol):
         return reply(request, Status.SUCCESS, struct.pack(f">{len(granted)}H", *granted))
 
     def _mechanisms(self) -> list[str]:
-        return [*MECHANISMS, "PLAIN"] if self._encrypted else list(MECHANISMS)
+        return [MECHANISM, "PLAIN"] if self._encrypted else [MECHANISM]
 
     def _list_mechanisms(self, request: Request) -> bytes:
         return reply(request, Status.SUCCESS, " ".join(self._mechanisms()).encode())
@@ -385,7 +359,7 @@ class Connection(asyncio.Protocol):
                 return reply(request, Status.AUTH_ERROR)
             return self._signed_in(request, user)
         try:
-            exchange = self.service.users.scram_exchange(mechanism)
+            exchange = ScramExchange(self.service.users)
             first = exchange.first(request.value.decode())
         except ScramException:
             return reply(request, Status.AUTH_ERROR)
@@ -441,9 +415,6 @@ class Connection(asyncio.Protocol):
             raise StatusError(Status.NO_BUCKET)
         return self._bucket
 
-    def _manifest(self, request: Request) -> bytes:
-        return reply(request, Status.SUCCESS, json.dumps(self._own_bucket().manifest(self._sees)).encode())
-
     def _collection_id(self, request: Request) -> bytes:
         bucket = self._own_bucket()
         scope_name, separator, name = (request.value or request.key).decode().partition(".")
@@ -492,14 +463,14 @@ class Connection(asyncio.Protocol):
         path = bucket.path_of(collection)
         if not self._sees(path):
             raise StatusError(Status.UNKNOWN_COLLECTION, _manifest_context(bucket))
-        for privilege, opcodes in ((Privilege.READ, READS), (Privilege.WRITE, WRITES)):
-            if opcode in opcodes and not self.service.users.may(self._user or "", privilege, path):
-                raise StatusError(Status.NO_ACCESS)
+        privilege = Privilege.READ if opcode in READS else Privilege.WRITE
+        if not self.service.users.may(self._user or "", privilege, path):
+            raise StatusError(Status.NO_ACCESS)
 
     def _existing(self, request: Request, *, replica: bool = False) -> tuple[Collection, bytes, Document]:
         """Return also the document, or raise StatusError NOT_FOUND."""
         collection, key = self._locate(request, replica=replica)
-        document = collection.find(key)
+        document = collection.documents.get(key)
         if document is None:
             raise StatusError(Status.NOT_FOUND)
         return collection, key, document
@@ -521,100 +492,53 @@ class Connection(asyncio.Protocol):
         return reply(request, Status.SUCCESS, document.value, extras=FLAGS.pack(document.flags), cas=document.cas)
 
     def _store(self, request: Request) -> bytes:
-        """Set, add or replace a document."""
+        """Set or add a document, which is to live for ever."""
         collection, key = self._locate(request)
         flags, expiry = FLAGS_AND_EXPIRY.unpack(request.extras)
+        if request.cas or expiry:
+            raise StatusError(Status.NOT_SUPPORTED)
         if len(request.value) > MAX_VALUE_BYTES:
             raise StatusError(Status.TOO_BIG)
-        document = collection.find(key)
-        if request.opcode == Opcode.ADD and document is not None:
+        if request.opcode == Opcode.ADD and key in collection.documents:
             raise StatusError(Status.EXISTS)
-        if document is None and (request.opcode == Opcode.REPLACE or request.cas):
-            raise StatusError(Status.NOT_FOUND)
-        _check_cas(request, document)
-        stored = collection.put(key, request.value, flags, absolute_expiry(expiry))
-        return reply(request, Status.SUCCESS, cas=stored.cas)
+        return reply(request, Status.SUCCESS, cas=collection.put(key, request.value, flags).cas)
 
     def _delete(self, request: Request) -> bytes:
-        collection, key, document = self._existing(request)
-        _check_cas(request, document)
+        collection, key, _ = self._existing(request)
+        if request.cas:
+            raise StatusError(Status.NOT_SUPPORTED)
         collection.remove(key)
         return reply(request, Status.SUCCESS, cas=next_cas())
-
-    def _touch(self, request: Request) -> bytes:
-        """Touch, and for GET_AND_TOUCH answer with the document too."""
-        collection, key, document = self._existing(request)
-        (expiry,) = FLAGS.unpack(request.extras)
-        collection.touch(key, document, absolute_expiry(expiry))
-        if request.opcode == Opcode.TOUCH:
-            return reply(request, Status.SUCCESS, cas=document.cas)
-        return reply(request, Status.SUCCESS, document.value, extras=FLAGS.pack(document.flags), cas=document.cas)
 
     def _exists(self, request: Request) -> bytes:
         """Answer with a document's metadata (GET_META)."""
         _, _, document = self._existing(request)
-        extras = METADATA.pack(0, document.flags, document.expiry, document.cas & 0xFFFFFFFF, 1)
+        extras = METADATA.pack(0, document.flags, 0, document.cas & 0xFFFFFFFF, 1)
         return reply(request, Status.SUCCESS, extras=extras, cas=document.cas)
 
-    # ---- parts of documents ----
-
-    def _lookup_one(self, request: Request) -> bytes:
-        """Look one path up: the commands that came before LOOKUP_IN."""
-        path_bytes, flags = struct.unpack(">HB", request.extras[:3])
-        if path_bytes != len(request.value):
-            raise StatusError(Status.INVALID)
-        _, _, document = self._existing(request)
-        value = subdoc.Lookup(document).one(request.opcode, flags, request.value)
-        return reply(request, Status.SUCCESS, value, cas=document.cas)
-
     def _lookup_in(self, request: Request) -> bytes:
-        """Look several paths up; each has a status of its own."""
-        specs = subdoc.lookup_specs(request.value)
+        """Answer with one top-level member of a document: no other path, and not several."""
+        opcode, flags, length = LOOKUP_SPEC.unpack_from(request.value)
+        path = request.value[LOOKUP_SPEC.size :]
+        if len(path) < length:
+            raise StatusError(Status.INVALID)
+        if opcode != LOOKUP_GET or flags or request.extras or not MEMBER.fullmatch(path) or len(path) > length:
+            raise StatusError(Status.NOT_SUPPORTED)
         _, _, document = self._existing(request)
-        lookup = subdoc.Lookup(document)
-        failed = False
-        results = []
-        for spec in specs:
-            try:
-                status, value = Status.SUCCESS, lookup.one(spec.opcode, spec.flags, spec.path)
-            except SubdocError as error:
-                status, value, failed = error.status, b"", True
-            results += [PATH_RESULT.pack(status, len(value)), value]
-        status = Status.MULTI_PATH_FAILURE if failed else Status.SUCCESS
-        return reply(request, status, b"".join(results), cas=document.cas)
+        status, value = _member(document.value, path.decode())
+        overall = Status.MULTI_PATH_FAILURE if status else Status.SUCCESS
+        return reply(request, overall, PATH_RESULT.pack(status, len(value)) + value, cas=document.cas)
 
-    def _mutate_in(self, request: Request) -> bytes:
-        """Change several paths, all of them or none."""
-        expiry, document_flags = _mutation_extras(request.extras)
-        specs = subdoc.mutation_specs(request.value)
-        collection, key = self._locate(request)
-        document = collection.find(key)
-        if document is None and (not document_flags or request.cas):
-            raise StatusError(Status.NOT_FOUND)
-        if document is not None and document_flags & DOCUMENT_ADD:
-            raise StatusError(Status.EXISTS)
-        _check_cas(request, document)
-        content = subdoc.empty_root(specs[0].path) if document is None else subdoc.decode(document.value)
-        results = []
-        for index, spec in enumerate(specs):
-            try:
-                content, number = subdoc.mutate(content, spec, create=bool(document_flags))
-            except SubdocError as error:
-                return reply(request, Status.MULTI_PATH_FAILURE, MUTATION_FAILURE.pack(index, error.status))
-            if number is not None:
-                text = str(number).encode()
-                results += [MUTATION_RESULT.pack(index, Status.SUCCESS, len(text)), text]
-        if content is subdoc.DELETED:
-            collection.remove(key)
-            return reply(request, Status.SUCCESS, cas=next_cas())
-        encoded = subdoc.encode(content)
-        if len(encoded) > MAX_VALUE_BYTES:
-            raise StatusError(Status.TOO_BIG)
-        expires = document.expiry if document is not None else 0
-        if expiry is not None:
-            expires = absolute_expiry(expiry)
-        stored = collection.put(key, encoded, JSON_FLAGS if document is None else document.flags, expires)
-        return reply(request, Status.SUCCESS, b"".join(results), cas=stored.cas)
+
+def _member(document: bytes, name: str) -> tuple[Status, bytes]:
+    """Return a path's status and value."""
+    try:
+        content = parse(document)
+    except (ValueError, RecursionError):
+        return Status.NOT_JSON, b""
+    if not isinstance(content, dict):
+        return Status.PATH_MISMATCH, b""
+    return (Status.SUCCESS, json.dumps(content[name]).encode()) if name in content else (Status.PATH_NOT_FOUND, b"")
 
 
 def _manifest_context(bucket: Bucket) -> bytes:
@@ -622,31 +546,12 @@ def _manifest_context(bucket: Bucket) -> bytes:
     return json.dumps({"manifest_uid": f"{bucket.manifest_uid:x}"}).encode()
 
 
-def _check_cas(request: Request, document: Document | None) -> None:
-    if request.cas and document is not None and request.cas != document.cas:
-        raise StatusError(Status.EXISTS)
-
-
-def _mutation_extras(extras: bytes) -> tuple[int | None, int]:
-    """Return the expiry (None where none is given) and the document flags of a MUTATE_IN."""
-    if len(extras) not in (0, 1, 4, 5):
-        raise StatusError(Status.INVALID)
-    expiry = FLAGS.unpack(extras[:4])[0] if len(extras) >= FLAGS.size else None
-    flags = extras[-1] if len(extras) in (1, 5) else 0
-    if flags not in (0, DOCUMENT_MKDOC, DOCUMENT_ADD):
-        raise StatusError(Status.NOT_SUPPORTED)
-    return expiry, flags
-
-
 HANDLERS: dict[int, Callable[[Connection, Request], bytes]] = {
     Opcode.GET: Connection._get,
     Opcode.SET: Connection._store,
     Opcode.ADD: Connection._store,
-    Opcode.REPLACE: Connection._store,
     Opcode.DELETE: Connection._delete,
     Opcode.NOOP: Connection._noop,
-    Opcode.TOUCH: Connection._touch,
-    Opcode.GET_AND_TOUCH: Connection._touch,
     Opcode.HELLO: Connection._hello,
     Opcode.SASL_LIST_MECHS: Connection._list_mechanisms,
     Opcode.SASL_AUTH: Connection._sign_in,
@@ -655,12 +560,8 @@ HANDLERS: dict[int, Callable[[Connection, Request], bytes]] = {
     Opcode.SELECT_BUCKET: Connection._select_bucket,
     Opcode.EXISTS: Connection._exists,
     Opcode.GET_CLUSTER_CONFIG: Connection._cluster_config,
-    Opcode.GET_COLLECTIONS_MANIFEST: Connection._manifest,
     Opcode.GET_COLLECTION_ID: Connection._collection_id,
-    Opcode.SUBDOC_GET: Connection._lookup_one,
-    Opcode.SUBDOC_EXISTS: Connection._lookup_one,
     Opcode.LOOKUP_IN: Connection._lookup_in,
-    Opcode.MUTATE_IN: Connection._mutate_in,
     Opcode.GET_ERROR_MAP: Connection._error_map,
 }
 BEFORE_SIGN_IN = frozenset(

@@ -14,9 +14,9 @@ from tests.emulator.documents import AlreadyExistsError, Bucket, Cluster
 from tests.emulator.faults import Faults
 from tests.emulator.layout import Layout
 from tests.emulator.users import Path, Privilege, Users
-from tests.emulator.wire import VBUCKETS
 
-VERSION = "7.6.0-0000-enterprise"
+QUOTA_BYTES = 256 * 1024 * 1024
+"""What a bucket says it may take; nothing keeps to it."""
 NAME = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_%-]{0,250}")
 """Names of scopes and collections: 1 to 251 characters, not starting with ``_`` or ``%``."""
 USER = "user"
@@ -49,10 +49,9 @@ def guard(users: Users, faults: Faults, node: int) -> Middleware:
 class Management:
     """One node's management service."""
 
-    def __init__(self, node: int, cluster: Cluster, layout: Layout, users: Users) -> None:
-        """Manage `cluster` as node number `node` of `layout`; `users` says who may see what."""
+    def __init__(self, cluster: Cluster, layout: Layout, users: Users) -> None:
+        """Manage `cluster`, of whose nodes `layout` tells; `users` says who may see what."""
         self._users = users
-        self._node = node
         self._cluster = cluster
         self._layout = layout
 
@@ -61,70 +60,20 @@ class Management:
         bucket = "/pools/default/buckets/{bucket}"
         return [
             web.get("/", self.root),
-            web.get("/pools", self.pools),
-            web.get("/pools/default", self.pool),
-            web.get("/pools/default/nodeServices", self.node_services),
-            web.get("/pools/default/buckets", self.buckets),
             web.get(bucket, self.bucket),
-            web.get("/pools/default/b/{bucket}", self.terse_bucket),
             web.get(bucket + "/scopes", self.scopes),
             web.post(bucket + "/scopes", self.create_scope),
-            web.post(bucket + "/scopes/@ensureManifest/{uid}", self.ensure_manifest),
-            web.delete(bucket + "/scopes/{scope}", self.drop_scope),
             web.post(bucket + "/scopes/{scope}/collections", self.create_collection),
             web.delete(bucket + "/scopes/{scope}/collections/{collection}", self.drop_collection),
         ]
-
-    # ---- the cluster and its buckets ----
 
     async def root(self, request: web.Request) -> web.Response:
         """Answer a ping."""
         return web.Response(text="")
 
-    async def pools(self, request: web.Request) -> web.Response:
-        """Say what kind of cluster it is."""
-        return web.json_response(
-            {
-                "isAdminCreds": True,
-                "implementationVersion": VERSION,
-                "uuid": "",
-                "pools": [{"name": "default", "uri": "/pools/default"}],
-                "componentsVersion": {"ns_server": VERSION},
-            }
-        )
-
-    async def pool(self, request: web.Request) -> web.Response:
-        """List the nodes."""
-        return web.json_response(
-            {
-                "name": "default",
-                "clusterName": "emulator",
-                "nodes": self._nodes(),
-                "buckets": {"uri": "/pools/default/buckets"},
-                "rebalanceStatus": "none",
-                "balanced": True,
-            }
-        )
-
-    async def node_services(self, request: web.Request) -> web.Response:
-        """Give the configuration without a bucket."""
-        return web.json_response(self._layout.cluster_config(self._node))
-
-    async def buckets(self, request: web.Request) -> web.Response:
-        """List the buckets."""
-        buckets = self._cluster.buckets.values()
-        user = request[USER]
-        return web.json_response(
-            [self._bucket_info(bucket) for bucket in buckets if self._users.sees(user, (bucket.name,))]
-        )
-
     async def bucket(self, request: web.Request) -> web.Response:
         """Describe one bucket."""
         return web.json_response(self._bucket_info(self._named_bucket(request)))
-
-    async def terse_bucket(self, request: web.Request) -> web.Response:
-        """Give a bucket's configuration, as over key-value."""
-        return web.json_response(self._layout.bucket_config(self._named_bucket(request), self._node))
 
     # ---- scopes and collections ----
 
@@ -145,19 +94,6 @@ class Management:
             bucket.create_scope(name)
         except AlreadyExistsError:
             raise _bad_request(f'Scope with name "{name}" already exists') from None
-        except ValueError as error:
-            raise _bad_request(str(error)) from None
-        return _uid(bucket)
-
-    async def drop_scope(self, request: web.Request) -> web.Response:
-        """Remove a scope; the default one stays."""
-        bucket, name = self._named_bucket(request), request.match_info["scope"]
-        if name.startswith("_"):
-            raise _bad_request("Deleting _default scope is not allowed")
-        try:
-            bucket.drop_scope(name)
-        except KeyError:
-            raise _not_found(f'Scope with name "{name}" is not found') from None
         return _uid(bucket)
 
     async def create_collection(self, request: web.Request) -> web.Response:
@@ -170,8 +106,6 @@ class Management:
             raise _not_found(f'Scope with name "{scope}" is not found') from None
         except AlreadyExistsError:
             raise _bad_request(f'Collection with name "{name}" in scope "{scope}" already exists') from None
-        except ValueError as error:
-            raise _bad_request(str(error)) from None
         return _uid(bucket)
 
     async def drop_collection(self, request: web.Request) -> web.Response:
@@ -180,18 +114,11 @@ class Management:
         scope, name = request.match_info["scope"], request.match_info["collection"]
         if scope not in bucket.scopes:
             raise _not_found(f'Scope with name "{scope}" is not found')
-        if name.startswith("_"):
-            raise _bad_request("Deleting _default collection is not allowed")
         try:
             bucket.drop_collection(scope, name)
         except KeyError:
             raise _not_found(f'Collection with name "{name}" in scope "{scope}" is not found') from None
         return _uid(bucket)
-
-    async def ensure_manifest(self, request: web.Request) -> web.Response:
-        """Say that every node knows the manifest: they share it."""
-        self._named_bucket(request)
-        return web.Response(text="")
 
     # ---- helpers ----
 
@@ -201,40 +128,18 @@ class Management:
             raise web.HTTPNotFound(text=NOT_FOUND)
         return bucket
 
-    def _nodes(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "hostname": f"$HOST:{ports.plain['management']}",
-                "ports": {"direct": ports.plain["kv"]},
-                "status": "healthy",
-                "clusterMembership": "active",
-                "services": ["kv", "n1ql"],
-                "version": VERSION,
-                "thisNode": index == self._node,
-            }
-            for index, ports in enumerate(self._layout.nodes)
-        ]
-
     def _bucket_info(self, bucket: Bucket) -> dict[str, Any]:
-        path = f"/pools/default/buckets/{bucket.name}"
-        return self._layout.bucket_config(bucket, self._node) | {
+        """Return what the SDK reads of a bucket; SDK 4.6.3 ends its whole process where one of these is missing."""
+        return {
+            "name": bucket.name,
+            "uuid": bucket.uuid,
             "bucketType": "membase",
-            "storageBackend": "couchstore",
             "evictionPolicy": "valueOnly",
             "conflictResolutionType": "seqno",
-            "durabilityMinLevel": "none",
-            "compressionMode": "off",
             "replicaNumber": self._layout.replicas,
-            "replicaIndex": False,
-            "maxTTL": 0,
-            "numVBuckets": VBUCKETS,
-            "quota": {"ram": self._cluster.memory.quota, "rawRAM": self._cluster.memory.quota},
-            "basicStats": {"itemCount": sum(len(collection) for collection in bucket.collections_by_id.values())},
+            "quota": {"ram": QUOTA_BYTES, "rawRAM": QUOTA_BYTES},
             "controllers": {},
-            "saslPassword": "",
-            "authType": "sasl",
-            "nodes": self._nodes(),
-            "stats": {"uri": path + "/stats"},
+            "nodes": [],
         }
 
 

@@ -52,12 +52,12 @@ class RawClient:
 
     def open_bucket(self, user: str, password: str) -> None:
         """Say hello, sign in and select the bucket, as SDKs do."""
-        client = ScramClient(["SCRAM-SHA-256"], user, password)
+        client = ScramClient(["SCRAM-SHA-512"], user, password)
         assert self.ask(0x1F, value=struct.pack(">H", 0x12))[0] == 0
-        status, first = self.ask(0x21, b"SCRAM-SHA256", value=client.get_client_first().encode())
+        status, first = self.ask(0x21, b"SCRAM-SHA512", value=client.get_client_first().encode())
         assert status == 0x21
         client.set_server_first(first.decode())
-        status, final = self.ask(0x22, b"SCRAM-SHA256", value=client.get_client_final().encode())
+        status, final = self.ask(0x22, b"SCRAM-SHA512", value=client.get_client_final().encode())
         assert status == 0
         client.set_server_final(final.decode())
         assert self.ask(0x89, b"sample_app")[0] == 0

@@ -11,8 +11,9 @@ from typing import Self
 
 from scramp import ScramException, ScramMechanism  # type: ignore[import-untyped]
 
-MECHANISMS = {"SCRAM-SHA512": "SCRAM-SHA-512", "SCRAM-SHA256": "SCRAM-SHA-256", "SCRAM-SHA1": "SCRAM-SHA-1"}
-"""Couchbase's names of the mechanisms, and those of RFC 5802 and RFC 7677."""
+MECHANISM = "SCRAM-SHA512"
+"""The one that SDKs begin with; the server has SHA256 and SHA1 too."""
+_SCRAM = ScramMechanism("SCRAM-SHA-512")  # as RFC 7677 spells it
 
 AuthInfo = tuple[bytes, bytes, bytes, int]
 """Salt, stored key, server key and iteration count, as scramp makes them of a password."""
@@ -28,6 +29,7 @@ class Privilege(Enum):
     READ = auto()
     WRITE = auto()
     SELECT = auto()
+    SCAN = auto()
     INDEX = auto()
     MANAGE = auto()
 
@@ -37,6 +39,7 @@ GRANTS = {
     "data_reader": frozenset({Privilege.READ}),
     "data_writer": frozenset({Privilege.WRITE}),
     "query_select": frozenset({Privilege.SELECT}),
+    "query_use_sequential_scans": frozenset({Privilege.SCAN}),
     "query_manage_index": frozenset({Privilege.INDEX}),
 }
 """The roles there are, by the server's names. On the server some of them allow more: here no one relies on that."""
@@ -81,7 +84,7 @@ class Users:
         """Start with these users and their passwords; a user whose roles are not said is an administrator."""
         self._passwords = dict(passwords)
         self._roles = dict(roles or {})
-        self._derived: dict[tuple[str, str], AuthInfo] = {}
+        self._derived: dict[str, AuthInfo] = {}
 
     def unrestricted(self, user: str) -> bool:
         """Say whether the user may do everything."""
@@ -95,15 +98,10 @@ class Users:
         """Say whether the user has any role for what `path` names; what one doesn't see does not exist for one."""
         return any(role.touches(path) for role in self._roles.get(user, ADMIN))
 
-    def __contains__(self, user: str) -> bool:
-        """Say whether there is such a user."""
-        return user in self._passwords
-
     def set_password(self, user: str, password: str) -> None:
         """Add a user, or change the password of one; connections that are signed in stay so, as with the server."""
         self._passwords[user] = password
-        for mechanism in MECHANISMS:
-            self._derived.pop((user, mechanism), None)
+        self._derived.pop(user, None)
 
     def verify(self, user: str, password: str) -> bool:
         """Compare the password in constant time; an unknown user is compared with a password that nobody has."""
@@ -122,19 +120,14 @@ class Users:
             return None
         return user if separator and self.verify(user, password) else None
 
-    def scram_exchange(self, mechanism: str) -> "ScramExchange":
-        """Return the server's side of one sign-in; `mechanism` is a key of ``MECHANISMS``."""
-        return ScramExchange(self, mechanism)
-
-    def auth_info(self, user: str, mechanism: str) -> AuthInfo | None:
-        """Return what SCRAM stores of a user's password, derived when it is first asked for; None: no such user."""
+    def auth_info(self, user: str) -> AuthInfo:
+        """Return what SCRAM stores of a user's password, derived when first asked for; raises ScramException."""
         password = self._passwords.get(user)
         if password is None:
-            return None
-        key = (user, mechanism)
-        if key not in self._derived:
-            self._derived[key] = ScramMechanism(MECHANISMS[mechanism]).make_auth_info(password)
-        return self._derived[key]
+            raise ScramException("unknown user")
+        if user not in self._derived:
+            self._derived[user] = _SCRAM.make_auth_info(password)
+        return self._derived[user]
 
 
 class ScramExchange:
@@ -144,18 +137,15 @@ class ScramExchange:
     the RFC does not allow and scramp refuses from 1.4.13 on. The real server takes them.
     """
 
-    def __init__(self, users: Users, mechanism: str) -> None:
+    def __init__(self, users: Users) -> None:
         """Begin with no message exchanged."""
         self.user = ""
 
         def auth_info(user: str) -> AuthInfo:
             self.user = user
-            info = users.auth_info(user, mechanism)
-            if info is None:
-                raise ScramException("unknown user")
-            return info
+            return users.auth_info(user)
 
-        self._server = ScramMechanism(MECHANISMS[mechanism]).make_server(auth_info)
+        self._server = _SCRAM.make_server(auth_info)
 
     def first(self, message: str) -> str:
         """Answer the client's first message; raises ScramException for an unknown user or a malformed message."""

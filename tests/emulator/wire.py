@@ -25,11 +25,8 @@ class Opcode(IntEnum):
     GET = 0x00
     SET = 0x01
     ADD = 0x02
-    REPLACE = 0x03
     DELETE = 0x04
     NOOP = 0x0A
-    TOUCH = 0x1C
-    GET_AND_TOUCH = 0x1D
     HELLO = 0x1F
     SASL_LIST_MECHS = 0x20
     SASL_AUTH = 0x21
@@ -38,31 +35,13 @@ class Opcode(IntEnum):
     SELECT_BUCKET = 0x89
     EXISTS = 0xA0
     GET_CLUSTER_CONFIG = 0xB5
-    GET_COLLECTIONS_MANIFEST = 0xBA
     GET_COLLECTION_ID = 0xBB
-    SUBDOC_GET = 0xC5
-    SUBDOC_EXISTS = 0xC6
     LOOKUP_IN = 0xD0
-    MUTATE_IN = 0xD1
     GET_ERROR_MAP = 0xFE
 
 
 DOCUMENT_OPCODES = frozenset(
-    {
-        Opcode.GET,
-        Opcode.SET,
-        Opcode.ADD,
-        Opcode.REPLACE,
-        Opcode.DELETE,
-        Opcode.TOUCH,
-        Opcode.GET_AND_TOUCH,
-        Opcode.GET_REPLICA,
-        Opcode.EXISTS,
-        Opcode.SUBDOC_GET,
-        Opcode.SUBDOC_EXISTS,
-        Opcode.LOOKUP_IN,
-        Opcode.MUTATE_IN,
-    }
+    {Opcode.GET, Opcode.SET, Opcode.ADD, Opcode.DELETE, Opcode.GET_REPLICA, Opcode.EXISTS, Opcode.LOOKUP_IN}
 )
 """The commands that name a document, and so a collection and a vBucket."""
 
@@ -92,17 +71,8 @@ class Status(IntEnum):
     UNKNOWN_SCOPE = 0x8C
     PATH_NOT_FOUND = 0xC0
     PATH_MISMATCH = 0xC1
-    PATH_INVALID = 0xC2
-    PATH_TOO_BIG = 0xC3
-    CANNOT_INSERT = 0xC5
     NOT_JSON = 0xC6
-    NUMBER_OUT_OF_RANGE = 0xC7
-    DELTA_INVALID = 0xC8
-    PATH_EXISTS = 0xC9
-    INVALID_COMBINATION = 0xCB
     MULTI_PATH_FAILURE = 0xCC
-    UNKNOWN_VIRTUAL_ATTRIBUTE = 0xD1
-    CANNOT_MODIFY_VIRTUAL_ATTRIBUTE = 0xD2
 
 
 JSON_DATATYPE = 0x01
