@@ -22,7 +22,10 @@ from tests.service import ROOT
 MINORS = list(dict.fromkeys(kubernetes_validate.utils.all_versions()))[-3:]
 """The last three minor versions that there are schemas for: those that Kubernetes supports at a time."""
 KUBECTL_SECONDS = 60
-TEMPLATES = ("base/secret.yaml", "sample-data/secret.yaml", "couchbase/secret-admin.yaml", "couchbase/secret-user.yaml")
+TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "k8s").rglob("*.template"))
+FOLDERS = sorted(path.parent for path in (ROOT / "k8s").rglob("kustomization.yaml"))
+APPLIED = (".yaml", ".yml", ".json")
+"""What `kubectl apply -f FOLDER` reads."""
 
 
 def pods(objects: list[Manifest]) -> list[Manifest]:
@@ -51,7 +54,7 @@ class TestValidity:
     @pytest.mark.parametrize("minor", MINORS)
     @pytest.mark.parametrize("path", TEMPLATES)
     def test_every_template_is_valid(self, path: str, minor: str) -> None:
-        kubernetes_validate.validate(load(ROOT / "k8s" / path), minor, strict=True)
+        kubernetes_validate.validate(load(ROOT / path), minor, strict=True)
 
     @pytest.mark.parametrize("minor", MINORS)
     def test_unknown_fields_are_refused(self, base: list[Manifest], minor: str) -> None:
@@ -65,7 +68,7 @@ class TestValidity:
             with pytest.raises(kubernetes_validate.ValidationError):
                 kubernetes_validate.validate(broken, minor, strict=True)
 
-    @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "k8s/couchbase").glob("[!kns]*.yaml")))
+    @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "k8s/couchbase").glob("[!kn]*.yaml")))
     def test_unknown_fields_of_custom_resources_are_refused(self, name: str) -> None:
         manifest = load(ROOT / "k8s/couchbase" / name)
         jsonschema.validate(manifest, schema_of(manifest))
@@ -74,22 +77,35 @@ class TestValidity:
             jsonschema.validate(manifest, schema_of(manifest))
 
     def test_every_file_is_one_object_and_used_once(self) -> None:
-        """A kustomization names every file beside it, except for the templates of secrets."""
-        for folder in {path.parent for path in (ROOT / "k8s").rglob("*.yaml")}:
-            kustomization = load(folder / "kustomization.yaml")
-            files = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
-            templates = {name for name in files if name.startswith("secret")}
-            named = [name for name in kustomization["resources"] if name.endswith(".yaml")]
-            assert sorted(named) == sorted(files - templates), folder
-            assert all(load(folder / name)["kind"] == "Secret" for name in templates)
+        """A kustomization names every file beside it that is applied."""
+        assert {path.parent for path in (ROOT / "k8s").rglob("*.y*ml")} == set(FOLDERS)
+        for folder in FOLDERS:
+            files = {path.name for path in folder.glob("*.y*ml")} - {"kustomization.yaml"}
+            named = [name for name in load(folder / "kustomization.yaml")["resources"] if not (folder / name).is_dir()]
+            assert sorted(named) == sorted(files), folder
 
-    def test_no_secret_is_applied(self, rendered: list[Manifest]) -> None:
-        """A Secret in a kustomization would put its placeholder over the real one."""
-        assert "Secret" not in {manifest["kind"] for manifest in rendered}
+    def test_files_by_themselves_do_no_harm(self) -> None:
+        """`kubectl apply -f FOLDER`, `-R` too, applies what `-k` does: no Secret, no placeholder, the same image."""
+        for path in (ROOT / "k8s").rglob("*"):
+            if path.suffix in APPLIED:
+                assert "PUT-THE-" not in path.read_text(), path
+        for folder in FOLDERS:
+            names = [name for name in load(folder / "kustomization.yaml")["resources"] if (folder / name).is_file()]
+            alone = [load(folder / name) for name in names]
+            assert "Secret" not in {manifest["kind"] for manifest in alone}
+            if folder != ROOT / "k8s/monitoring":  # which has a generator
+                rendered = {identity(manifest): manifest for manifest in render(folder)}
+                for manifest in alone:
+                    applied = rendered[identity(manifest)]
+                    applied["metadata"].pop("labels", None)
+                    manifest["metadata"].pop("labels", None)
+                    assert manifest == applied
+            for pod in pods(alone):
+                assert all(re.search(r":[\w.-]+$|@sha256:", container["image"]) for container in pod["containers"])
 
     @pytest.mark.parametrize("path", TEMPLATES)
     def test_templates_hold_placeholders_only(self, path: str) -> None:
-        template = load(ROOT / "k8s" / path)
+        template = load(ROOT / path)
         secrets = {name: text for name, text in template["stringData"].items() if name != "username"}
         assert secrets and all(text.startswith("PUT-THE-") for text in secrets.values())
 
@@ -202,9 +218,7 @@ class TestOnePiece:
             [container] = pod["containers"]
             assert container["envFrom"] == [{"configMapRef": {"name": one(base, "ConfigMap")["metadata"]["name"]}}]
             assert [mount["name"] for mount in container["volumeMounts"]] == [each["name"] for each in pod["volumes"]]
-        secrets = {
-            each["metadata"]["name"]: each["stringData"] for each in map(load, map((ROOT / "k8s").joinpath, TEMPLATES))
-        }
+        secrets = {each["metadata"]["name"]: each["stringData"] for each in map(load, map(ROOT.joinpath, TEMPLATES))}
         assert pods(base)[0]["volumes"][0]["secret"]["secretName"] in secrets
         [job] = pods(render(ROOT / "k8s/sample-data"))
         for source in job["volumes"][0]["projected"]["sources"]:
@@ -299,7 +313,7 @@ class TestCouchbase:
         assert binding["roleRef"]["name"] == one(objects, "CouchbaseGroup")["metadata"]["name"]
         assert [each["name"] for each in binding["subjects"]] == [one(objects, "CouchbaseUser")["metadata"]["name"]]
         folder = ROOT / "k8s/couchbase"
-        user, admin = load(folder / "secret-user.yaml"), load(folder / "secret-admin.yaml")
+        user, admin = (load(folder / f"secret-{name}.yaml.template") for name in ("user", "admin"))
         assert one(objects, "CouchbaseUser")["spec"]["authSecret"] == user["metadata"]["name"]
         assert one(objects, "CouchbaseCluster")["spec"]["security"]["adminSecret"] == admin["metadata"]["name"]
 
