@@ -68,7 +68,7 @@ class TestValidity:
             with pytest.raises(kubernetes_validate.ValidationError):
                 kubernetes_validate.validate(broken, minor, strict=True)
 
-    @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "k8s/couchbase").glob("[!kn]*.yaml")))
+    @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "k8s/couchbase").glob("[!k]*.yaml")))
     def test_unknown_fields_of_custom_resources_are_refused(self, name: str) -> None:
         manifest = load(ROOT / "k8s/couchbase" / name)
         jsonschema.validate(manifest, schema_of(manifest))
@@ -110,8 +110,18 @@ class TestValidity:
         assert secrets and all(text.startswith("PUT-THE-") for text in secrets.values())
 
     def test_namespaces_are_said(self, rendered: list[Manifest]) -> None:
-        namespaces = {manifest["metadata"].get("namespace") for manifest in rendered if manifest["kind"] != "Namespace"}
-        assert namespaces <= {"demopy", "couchbase"} and len(namespaces) == 1
+        namespaces = {manifest["metadata"].get("namespace") for manifest in rendered}
+        assert namespaces in ({"demopy"}, {"couchbase"}, {None})
+
+    def test_namespaces_are_by_themselves(self, rendered: list[Manifest]) -> None:
+        """`kubectl delete -k` of anything else leaves them, and with them secrets, operator and volume claims."""
+        kinds = {manifest["kind"] for manifest in rendered}
+        assert "Namespace" not in kinds or kinds == {"Namespace"}
+
+    def test_every_namespace_is_there(self) -> None:
+        there = {manifest["metadata"]["name"] for manifest in render(ROOT / "k8s/namespaces")}
+        used = {each["metadata"].get("namespace") for path in KUSTOMIZATIONS for each in render(ROOT / path)}
+        assert used - {None} == there
 
 
 class TestRendering:
@@ -174,8 +184,12 @@ class TestPodSecurity:
         BREAKS[what](pod)
         assert any(line.endswith(what) for line in violations(pod))
 
-    def test_namespace_enforces_it(self, base: list[Manifest]) -> None:
-        labels = one(base, "Namespace")["metadata"]["labels"]
+    def test_namespace_enforces_it(self) -> None:
+        [labels] = [
+            manifest["metadata"]["labels"]
+            for manifest in render(ROOT / "k8s/namespaces")
+            if manifest["metadata"]["name"] == "demopy"
+        ]
         assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
 
     def test_more_than_the_level_asks_for(self, rendered: list[Manifest]) -> None:
