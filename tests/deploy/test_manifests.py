@@ -16,12 +16,13 @@ import yaml
 from tests.deploy.conftest import KUSTOMIZATIONS
 from tests.deploy.kustomize import Manifest, UnknownFieldError, identity, load, one, render
 from tests.deploy.pod_security import violations
-from tests.deploy.resources import SPECS, mebibytes, schema_of
+from tests.deploy.resources import SPECS, mebibytes, millicores, schema_of
 from tests.service import ROOT
 
 MINORS = list(dict.fromkeys(kubernetes_validate.utils.all_versions()))[-3:]
 """The last three minor versions that there are schemas for: those that Kubernetes supports at a time."""
 KUBECTL_SECONDS = 60
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "k8s").rglob("*.template"))
 FOLDERS = sorted(path.parent for path in (ROOT / "k8s").rglob("kustomization.yaml"))
 APPLIED = (".yaml", ".yml", ".json")
@@ -228,7 +229,7 @@ class TestOnePiece:
         """Accounts, settings and secrets by their names, and the secrets' members by theirs."""
         for objects in (base, render(ROOT / "k8s/sample-data")):
             [pod] = pods(objects)
-            assert pod["serviceAccountName"] == one(base, "ServiceAccount")["metadata"]["name"]
+            assert pod["serviceAccountName"] == one(objects, "ServiceAccount")["metadata"]["name"]
             [container] = pod["containers"]
             assert container["envFrom"] == [{"configMapRef": {"name": one(base, "ConfigMap")["metadata"]["name"]}}]
             assert [mount["name"] for mount in container["volumeMounts"]] == [each["name"] for each in pod["volumes"]]
@@ -247,6 +248,36 @@ class TestOnePiece:
         assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": "25%", "maxSurge": 1}}
         keys = [each["topologyKey"] for each in spec["template"]["spec"]["topologySpreadConstraints"]]
         assert keys == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
+
+    def test_quantities_are_as_the_api_writes_them(self, rendered: list[Manifest]) -> None:
+        """One that it writes another way (1000m as 1) is a difference at every apply."""
+        for pod in pods(rendered):
+            for sizes in pod["containers"][0]["resources"].values():
+                assert sizes["cpu"].isdigit() or millicores(sizes["cpu"]) % 1000
+                assert sizes["memory"].endswith("Gi") or mebibytes(sizes["memory"]) % 1024
+
+    def test_all_of_it_fits_on_two_processors(self, base: list[Manifest]) -> None:
+        """Four pods, the one more of an update, and the Job, beside a processor's worth of the cluster's own."""
+        [pod], [job] = pods(base), pods(render(ROOT / "k8s/sample-data"))
+        surge = deployment(base)["strategy"]["rollingUpdate"]["maxSurge"]
+        count = deployment(base)["replicas"] + surge
+        cpu, memory = (
+            count * size(pod["containers"][0]["resources"]["requests"][what])
+            + size(job["containers"][0]["resources"]["requests"][what])
+            for what, size in (("cpu", millicores), ("memory", mebibytes))
+        )
+        assert cpu <= 1000 and memory <= 1024
+
+    def test_job_needs_nothing_of_the_services_but_its_settings(self) -> None:
+        """So it can run first: README applies the ConfigMap for it."""
+        objects = render(ROOT / "k8s/sample-data")
+        [job] = pods(objects)
+        assert job["serviceAccountName"] == one(objects, "ServiceAccount")["metadata"]["name"]
+        applied = re.findall(r"^kubectl apply .*", README.partition("\n## Kubernetes\n")[2], re.MULTILINE)
+        names = ("namespaces/demopy.yaml", "base/configmap.yaml", "sample-data/", "k8s/")
+        order = [next(i for i, line in enumerate(applied) if line.endswith(name)) for name in names[:3]]
+        order.append(applied.index("kubectl apply -k k8s/"))
+        assert order == sorted(order)
 
     def test_service_offers_the_api_only(self, base: list[Manifest]) -> None:
         service = one(base, "Service")
@@ -277,7 +308,7 @@ class TestOnePiece:
         assert autoscaler["minReplicas"] == deployment(plain).pop("replicas")
         assert [each for each in scaled if each["kind"] != "HorizontalPodAutoscaler"] == plain
         kinds = [metric["type"] for metric in autoscaler["metrics"]]
-        assert kinds == ["Resource", "Pods"]
+        assert kinds == ["Pods", "Resource"], "the API server puts CPU last"
 
 
 class TestCouchbase:
@@ -342,12 +373,56 @@ class TestCouchbase:
         assert servers["size"] > one(objects, "CouchbaseBucket")["spec"]["replicas"]
 
 
-def test_readme_commands_name_what_is_there() -> None:
-    """Every path after `-f` or `-k` in README exists, and so does every Deployment, Service or Job that it names."""
-    text = (ROOT / "README.md").read_text()
-    if "kubectl" not in text:
-        pytest.skip("README says nothing of Kubernetes yet")
-    paths = re.findall(r"kubectl apply -[fk] ([\w./-]+)", text)
-    assert paths and all((ROOT / path).exists() for path in paths)
-    names = {each["metadata"]["name"] for path in KUSTOMIZATIONS for each in render(ROOT / path)}
-    assert set(re.findall(r"(?:deployment|service|job)[ /](demopy[a-z-]*)", text)) <= names
+class TestReadme:
+    """Its commands, line by line; test_apply.py types some of them."""
+
+    COMMANDS = re.findall(r"^(?:kubectl|helm) .*", README, re.MULTILINE)
+
+    def test_commands_name_what_is_there(self) -> None:
+        """Every path after `-f` or `-k` exists, and so does every Deployment, Service or Job that is named."""
+        paths = re.findall(r"kubectl (?:apply|delete|diff|kustomize) (?:-[fk] )?(k8s/[\w./-]*)", README)
+        assert len(paths) > 10 and all((ROOT / path).exists() for path in paths)
+        assert all((ROOT / path).exists() for path in re.findall(r"`(k8s/[\w./-]*)`", README))
+        names = {each["metadata"]["name"] for path in KUSTOMIZATIONS for each in render(ROOT / path)}
+        named = re.findall(r"(?:deployment|service|job|hpa|certificate|couchbasecluster)[ /](demopy[a-z-]*)", README)
+        assert set(named) <= names
+
+    def test_folders_are_applied_as_kustomizations(self) -> None:
+        for command in self.COMMANDS:
+            for path in re.findall(r"-f (k8s/\S+)", command):
+                assert (ROOT / path).is_file(), command
+
+    def test_secrets_can_be_made_again(self) -> None:
+        """`create` alone fails where there is one; and they are those that the templates describe."""
+        made = [command for command in self.COMMANDS if "create secret" in command]
+        assert all(command.endswith(" --dry-run=client -o yaml | kubectl apply -f -") for command in made)
+        named = {re.search(r"generic (\S+) -n (\S+)", command).groups() for command in made}
+        metadata = [load(ROOT / path)["metadata"] for path in TEMPLATES]
+        assert named == {(each["name"], each["namespace"]) for each in metadata}
+
+    def test_what_must_be_there_is_waited_for(self) -> None:
+        """Webhooks before what they check, the certificate before its file is written, and never for ever."""
+        assert all(command.endswith(" --wait") for command in self.COMMANDS if command.startswith("helm install"))
+        [reading] = [i for i, command in enumerate(self.COMMANDS) if command.endswith("> ca.crt")]
+        secret = re.search(r"get secret (\S+)", self.COMMANDS[reading])[1]
+        certificates = {
+            each["spec"]["secretName"]: each["metadata"]["name"]
+            for each in render(ROOT / "k8s/couchbase")
+            if each["kind"] == "Certificate"
+        }
+        assert f" certificate/{certificates[secret]} " in self.COMMANDS[reading - 1]
+        waits = [command for command in self.COMMANDS if re.match(r"kubectl (wait|rollout status)", command)]
+        assert len(waits) > 3 and all("--timeout=" in command for command in waits)
+
+    def test_what_it_all_needs_is_what_is_requested(self, base: list[Manifest]) -> None:
+        """The figures at the section's top."""
+        [pod], [job] = (
+            [each["containers"][0]["resources"]["requests"] for each in pods(objects)]
+            for objects in (base, render(ROOT / "k8s/sample-data"))
+        )
+        count = deployment(base)["replicas"]
+        cpu, memory = count * millicores(pod["cpu"]), count * mebibytes(pod["memory"])
+        assert f"request {cpu}m of CPU and {memory}Mi of memory" in README
+        assert f"the Job of the sample data {job['cpu']} and {job['memory']}" in README
+        [servers] = one(render(ROOT / "k8s/couchbase"), "CouchbaseCluster")["spec"]["servers"]
+        assert servers["size"] == 3 and servers["resources"]["requests"] == {"cpu": "1", "memory": "2Gi"}
