@@ -3,6 +3,8 @@
 #
 # A tag moves; a digest does not: --build-arg PYTHON_IMAGE=python:3.13-slim@sha256:… pins the base for good.
 ARG PYTHON_IMAGE=python:3.13-slim
+# what micro_svc_demo.py says
+ARG VERSION=1.0.0
 
 # ── What both images are made of ──────────────────────────────────────────────────────────────────────────────────────
 FROM ${PYTHON_IMAGE} AS base
@@ -32,7 +34,7 @@ RUN ["python", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"
 
 # ── The sample data: schema and generated profiles, for a Job ─────────────────────────────────────────────────────────
 FROM base AS sample-data
-ARG VERSION=0.0.0
+ARG VERSION
 ARG REVISION=unknown
 ARG SOURCE=unknown
 LABEL org.opencontainers.image.title="demopy-sample-data" \
@@ -46,7 +48,7 @@ CMD ["python", "-m", "tests.sample_data"]
 
 # ── The service: last, so that a plain `docker build .` makes it ──────────────────────────────────────────────────────
 FROM base AS service
-ARG VERSION=0.0.0
+ARG VERSION
 ARG REVISION=unknown
 ARG SOURCE=unknown
 LABEL org.opencontainers.image.title="demopy" \

@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 Manifest = dict[str, Any]
-KNOWN = {"apiVersion", "kind", "namespace", "labels", "resources", "images", "patches"}
-POD_OWNERS = {"Deployment", "Job"}
+KNOWN = {"apiVersion", "kind", "namespace", "labels", "resources", "patches"}
 
 
 class UnknownFieldError(ValueError):
@@ -59,8 +58,6 @@ def render(directory: Path) -> list[Manifest]:
         for entry in kustomization.get("labels", ()):
             refuse_others(entry, {"pairs"})
             manifest["metadata"].setdefault("labels", {}).update(entry["pairs"])
-        for image in kustomization.get("images", ()):
-            set_image(image, manifest)
     names = [identity(manifest) for manifest in objects]
     if len(set(names)) != len(names):
         raise ValueError(f"an object is there twice: {sorted(names)}")
@@ -84,17 +81,6 @@ def refuse_others(mapping: dict[str, Any], known: set[str]) -> None:
     others = set(mapping) - known
     if others:
         raise UnknownFieldError(f"cannot do {sorted(others)}")
-
-
-def set_image(image: dict[str, str], manifest: Manifest) -> None:
-    """Put the image that the kustomization names in the place of the one that the manifest names."""
-    refuse_others(image, {"name", "newName", "newTag", "digest"})
-    if manifest["kind"] not in POD_OWNERS:
-        return
-    for container in manifest["spec"]["template"]["spec"]["containers"]:
-        if container["image"].partition(":")[0] == image["name"]:
-            name = image.get("newName", image["name"])
-            container["image"] = f"{name}@{image['digest']}" if "digest" in image else f"{name}:{image['newTag']}"
 
 
 def apply_patch(patch: dict[str, Any], objects: list[Manifest]) -> None:

@@ -160,3 +160,10 @@ def mebibytes(quantity: str) -> int:
     match = re.fullmatch(r"([0-9]+)(Mi|Gi)", quantity)
     assert match is not None, quantity
     return int(match[1]) * MEBIBYTES[match[2]]
+
+
+def millicores(quantity: str) -> int:
+    """Return a quantity of CPU that is written in cores or thousandths."""
+    match = re.fullmatch(r"([0-9]+)(m?)", quantity)
+    assert match is not None, quantity
+    return int(match[1]) * (1 if match[2] else 1000)

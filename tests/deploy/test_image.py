@@ -266,16 +266,22 @@ def test_real_build() -> None:
             assert service.stop() == 0
 
 
-def test_published_commands_run_it_under_an_init() -> None:
-    """A container's first process ignores SIGTERM until it has a handler: here before Python runs, or for good."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^docker run (?:[^\n]*\\\n)*[^\n]* demopy\S*$", readme, re.MULTILINE)
-    assert len(commands) == 3
-    assert all(" --init " in command for command in commands)
+def test_version_is_the_services(tmp_path: Path) -> None:
+    """The tag in the manifests, and what a plain `docker build` writes on both images, is what this checkout is."""
+    for path in ("base/deployment.yaml", "sample-data/job.yaml"):
+        [container] = load(ROOT / "k8s" / path)["spec"]["template"]["spec"]["containers"]
+        assert container["image"].rpartition(":")[2] == __version__
+    plain = Build(ROOT, tmp_path)
+    assert plain.globals["VERSION"] == __version__
+    assert all(("ARG", "VERSION") in plain.stages[target][1] for target in ("service", "sample-data"))
 
 
-def test_version_is_the_services() -> None:
-    """The tag in the manifests is the version that this checkout is."""
-    for name in ("base", "sample-data"):
-        [image] = load(ROOT / "k8s" / name / "kustomization.yaml")["images"]
-        assert image["newTag"] == __version__
+def test_readmes_containers_start_again() -> None:
+    """The service's run until they are stopped, behind an init; the sample data's is over when it is done."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    services, once = (
+        re.findall(rf"^docker run .* {name}$", text, re.MULTILINE) for name in ("demopy", "demopy-sample-data")
+    )
+    assert len(services) == 2 and len(once) == 1
+    assert all(" --init --restart unless-stopped " in line and " --rm " not in line for line in services)
+    assert all(" --rm --init " in line for line in once)

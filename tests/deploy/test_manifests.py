@@ -16,13 +16,17 @@ import yaml
 from tests.deploy.conftest import KUSTOMIZATIONS
 from tests.deploy.kustomize import Manifest, UnknownFieldError, identity, load, one, render
 from tests.deploy.pod_security import violations
-from tests.deploy.resources import SPECS, mebibytes, schema_of
+from tests.deploy.resources import SPECS, mebibytes, millicores, schema_of
 from tests.service import ROOT
 
 MINORS = list(dict.fromkeys(kubernetes_validate.utils.all_versions()))[-3:]
 """The last three minor versions that there are schemas for: those that Kubernetes supports at a time."""
 KUBECTL_SECONDS = 60
-TEMPLATES = ("base/secret.yaml", "sample-data/secret.yaml", "couchbase/secret-admin.yaml", "couchbase/secret-user.yaml")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "k8s").rglob("*.template"))
+FOLDERS = sorted(path.parent for path in (ROOT / "k8s").rglob("kustomization.yaml"))
+APPLIED = (".yaml", ".yml", ".json")
+"""What `kubectl apply -f FOLDER` reads."""
 
 
 def pods(objects: list[Manifest]) -> list[Manifest]:
@@ -51,7 +55,7 @@ class TestValidity:
     @pytest.mark.parametrize("minor", MINORS)
     @pytest.mark.parametrize("path", TEMPLATES)
     def test_every_template_is_valid(self, path: str, minor: str) -> None:
-        kubernetes_validate.validate(load(ROOT / "k8s" / path), minor, strict=True)
+        kubernetes_validate.validate(load(ROOT / path), minor, strict=True)
 
     @pytest.mark.parametrize("minor", MINORS)
     def test_unknown_fields_are_refused(self, base: list[Manifest], minor: str) -> None:
@@ -65,7 +69,7 @@ class TestValidity:
             with pytest.raises(kubernetes_validate.ValidationError):
                 kubernetes_validate.validate(broken, minor, strict=True)
 
-    @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "k8s/couchbase").glob("[!kns]*.yaml")))
+    @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "k8s/couchbase").glob("[!k]*.yaml")))
     def test_unknown_fields_of_custom_resources_are_refused(self, name: str) -> None:
         manifest = load(ROOT / "k8s/couchbase" / name)
         jsonschema.validate(manifest, schema_of(manifest))
@@ -74,28 +78,51 @@ class TestValidity:
             jsonschema.validate(manifest, schema_of(manifest))
 
     def test_every_file_is_one_object_and_used_once(self) -> None:
-        """A kustomization names every file beside it, except for the templates of secrets."""
-        for folder in {path.parent for path in (ROOT / "k8s").rglob("*.yaml")}:
-            kustomization = load(folder / "kustomization.yaml")
-            files = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
-            templates = {name for name in files if name.startswith("secret")}
-            named = [name for name in kustomization["resources"] if name.endswith(".yaml")]
-            assert sorted(named) == sorted(files - templates), folder
-            assert all(load(folder / name)["kind"] == "Secret" for name in templates)
+        """A kustomization names every file beside it that is applied."""
+        assert {path.parent for path in (ROOT / "k8s").rglob("*.y*ml")} == set(FOLDERS)
+        for folder in FOLDERS:
+            files = {path.name for path in folder.glob("*.y*ml")} - {"kustomization.yaml"}
+            named = [name for name in load(folder / "kustomization.yaml")["resources"] if not (folder / name).is_dir()]
+            assert sorted(named) == sorted(files), folder
 
-    def test_no_secret_is_applied(self, rendered: list[Manifest]) -> None:
-        """A Secret in a kustomization would put its placeholder over the real one."""
-        assert "Secret" not in {manifest["kind"] for manifest in rendered}
+    def test_files_by_themselves_do_no_harm(self) -> None:
+        """`kubectl apply -f FOLDER`, `-R` too, applies what `-k` does: no Secret, no placeholder, the same image."""
+        for path in (ROOT / "k8s").rglob("*"):
+            if path.suffix in APPLIED:
+                assert "PUT-THE-" not in path.read_text(), path
+        for folder in FOLDERS:
+            names = [name for name in load(folder / "kustomization.yaml")["resources"] if (folder / name).is_file()]
+            alone = [load(folder / name) for name in names]
+            assert "Secret" not in {manifest["kind"] for manifest in alone}
+            if folder != ROOT / "k8s/monitoring":  # which has a generator
+                rendered = {identity(manifest): manifest for manifest in render(folder)}
+                for manifest in alone:
+                    applied = rendered[identity(manifest)]
+                    applied["metadata"].pop("labels", None)
+                    manifest["metadata"].pop("labels", None)
+                    assert manifest == applied
+            for pod in pods(alone):
+                assert all(re.search(r":[\w.-]+$|@sha256:", container["image"]) for container in pod["containers"])
 
     @pytest.mark.parametrize("path", TEMPLATES)
     def test_templates_hold_placeholders_only(self, path: str) -> None:
-        template = load(ROOT / "k8s" / path)
+        template = load(ROOT / path)
         secrets = {name: text for name, text in template["stringData"].items() if name != "username"}
         assert secrets and all(text.startswith("PUT-THE-") for text in secrets.values())
 
     def test_namespaces_are_said(self, rendered: list[Manifest]) -> None:
-        namespaces = {manifest["metadata"].get("namespace") for manifest in rendered if manifest["kind"] != "Namespace"}
-        assert namespaces <= {"demopy", "couchbase"} and len(namespaces) == 1
+        namespaces = {manifest["metadata"].get("namespace") for manifest in rendered}
+        assert namespaces in ({"demopy"}, {"couchbase"}, {None})
+
+    def test_namespaces_are_by_themselves(self, rendered: list[Manifest]) -> None:
+        """`kubectl delete -k` of anything else leaves them, and with them secrets, operator and volume claims."""
+        kinds = {manifest["kind"] for manifest in rendered}
+        assert "Namespace" not in kinds or kinds == {"Namespace"}
+
+    def test_every_namespace_is_there(self) -> None:
+        there = {manifest["metadata"]["name"] for manifest in render(ROOT / "k8s/namespaces")}
+        used = {each["metadata"].get("namespace") for path in KUSTOMIZATIONS for each in render(ROOT / path)}
+        assert used - {None} == there
 
 
 class TestRendering:
@@ -158,8 +185,12 @@ class TestPodSecurity:
         BREAKS[what](pod)
         assert any(line.endswith(what) for line in violations(pod))
 
-    def test_namespace_enforces_it(self, base: list[Manifest]) -> None:
-        labels = one(base, "Namespace")["metadata"]["labels"]
+    def test_namespace_enforces_it(self) -> None:
+        [labels] = [
+            manifest["metadata"]["labels"]
+            for manifest in render(ROOT / "k8s/namespaces")
+            if manifest["metadata"]["name"] == "demopy"
+        ]
         assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
 
     def test_more_than_the_level_asks_for(self, rendered: list[Manifest]) -> None:
@@ -198,13 +229,11 @@ class TestOnePiece:
         """Accounts, settings and secrets by their names, and the secrets' members by theirs."""
         for objects in (base, render(ROOT / "k8s/sample-data")):
             [pod] = pods(objects)
-            assert pod["serviceAccountName"] == one(base, "ServiceAccount")["metadata"]["name"]
+            assert pod["serviceAccountName"] == one(objects, "ServiceAccount")["metadata"]["name"]
             [container] = pod["containers"]
             assert container["envFrom"] == [{"configMapRef": {"name": one(base, "ConfigMap")["metadata"]["name"]}}]
             assert [mount["name"] for mount in container["volumeMounts"]] == [each["name"] for each in pod["volumes"]]
-        secrets = {
-            each["metadata"]["name"]: each["stringData"] for each in map(load, map((ROOT / "k8s").joinpath, TEMPLATES))
-        }
+        secrets = {each["metadata"]["name"]: each["stringData"] for each in map(load, map(ROOT.joinpath, TEMPLATES))}
         assert pods(base)[0]["volumes"][0]["secret"]["secretName"] in secrets
         [job] = pods(render(ROOT / "k8s/sample-data"))
         for source in job["volumes"][0]["projected"]["sources"]:
@@ -219,6 +248,36 @@ class TestOnePiece:
         assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": "25%", "maxSurge": 1}}
         keys = [each["topologyKey"] for each in spec["template"]["spec"]["topologySpreadConstraints"]]
         assert keys == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
+
+    def test_quantities_are_as_the_api_writes_them(self, rendered: list[Manifest]) -> None:
+        """One that it writes another way (1000m as 1) is a difference at every apply."""
+        for pod in pods(rendered):
+            for sizes in pod["containers"][0]["resources"].values():
+                assert sizes["cpu"].isdigit() or millicores(sizes["cpu"]) % 1000
+                assert sizes["memory"].endswith("Gi") or mebibytes(sizes["memory"]) % 1024
+
+    def test_all_of_it_fits_on_two_processors(self, base: list[Manifest]) -> None:
+        """Four pods, the one more of an update, and the Job, beside a processor's worth of the cluster's own."""
+        [pod], [job] = pods(base), pods(render(ROOT / "k8s/sample-data"))
+        surge = deployment(base)["strategy"]["rollingUpdate"]["maxSurge"]
+        count = deployment(base)["replicas"] + surge
+        cpu, memory = (
+            count * size(pod["containers"][0]["resources"]["requests"][what])
+            + size(job["containers"][0]["resources"]["requests"][what])
+            for what, size in (("cpu", millicores), ("memory", mebibytes))
+        )
+        assert cpu <= 1000 and memory <= 1024
+
+    def test_job_needs_nothing_of_the_services_but_its_settings(self) -> None:
+        """So it can run first: README applies the ConfigMap for it."""
+        objects = render(ROOT / "k8s/sample-data")
+        [job] = pods(objects)
+        assert job["serviceAccountName"] == one(objects, "ServiceAccount")["metadata"]["name"]
+        applied = re.findall(r"^kubectl apply .*", README.partition("\n## Kubernetes\n")[2], re.MULTILINE)
+        names = ("namespaces/demopy.yaml", "base/configmap.yaml", "sample-data/", "k8s/")
+        order = [next(i for i, line in enumerate(applied) if line.endswith(name)) for name in names[:3]]
+        order.append(applied.index("kubectl apply -k k8s/"))
+        assert order == sorted(order)
 
     def test_service_offers_the_api_only(self, base: list[Manifest]) -> None:
         service = one(base, "Service")
@@ -249,7 +308,7 @@ class TestOnePiece:
         assert autoscaler["minReplicas"] == deployment(plain).pop("replicas")
         assert [each for each in scaled if each["kind"] != "HorizontalPodAutoscaler"] == plain
         kinds = [metric["type"] for metric in autoscaler["metrics"]]
-        assert kinds == ["Resource", "Pods"]
+        assert kinds == ["Pods", "Resource"], "the API server puts CPU last"
 
 
 class TestCouchbase:
@@ -299,7 +358,7 @@ class TestCouchbase:
         assert binding["roleRef"]["name"] == one(objects, "CouchbaseGroup")["metadata"]["name"]
         assert [each["name"] for each in binding["subjects"]] == [one(objects, "CouchbaseUser")["metadata"]["name"]]
         folder = ROOT / "k8s/couchbase"
-        user, admin = load(folder / "secret-user.yaml"), load(folder / "secret-admin.yaml")
+        user, admin = (load(folder / f"secret-{name}.yaml.template") for name in ("user", "admin"))
         assert one(objects, "CouchbaseUser")["spec"]["authSecret"] == user["metadata"]["name"]
         assert one(objects, "CouchbaseCluster")["spec"]["security"]["adminSecret"] == admin["metadata"]["name"]
 
@@ -314,12 +373,56 @@ class TestCouchbase:
         assert servers["size"] > one(objects, "CouchbaseBucket")["spec"]["replicas"]
 
 
-def test_readme_commands_name_what_is_there() -> None:
-    """Every path after `-f` or `-k` in README exists, and so does every Deployment, Service or Job that it names."""
-    text = (ROOT / "README.md").read_text()
-    if "kubectl" not in text:
-        pytest.skip("README says nothing of Kubernetes yet")
-    paths = re.findall(r"kubectl apply -[fk] ([\w./-]+)", text)
-    assert paths and all((ROOT / path).exists() for path in paths)
-    names = {each["metadata"]["name"] for path in KUSTOMIZATIONS for each in render(ROOT / path)}
-    assert set(re.findall(r"(?:deployment|service|job)[ /](demopy[a-z-]*)", text)) <= names
+class TestReadme:
+    """Its commands, line by line; test_apply.py types some of them."""
+
+    COMMANDS = re.findall(r"^(?:kubectl|helm) .*", README, re.MULTILINE)
+
+    def test_commands_name_what_is_there(self) -> None:
+        """Every path after `-f` or `-k` exists, and so does every Deployment, Service or Job that is named."""
+        paths = re.findall(r"kubectl (?:apply|delete|diff|kustomize) (?:-[fk] )?(k8s/[\w./-]*)", README)
+        assert len(paths) > 10 and all((ROOT / path).exists() for path in paths)
+        assert all((ROOT / path).exists() for path in re.findall(r"`(k8s/[\w./-]*)`", README))
+        names = {each["metadata"]["name"] for path in KUSTOMIZATIONS for each in render(ROOT / path)}
+        named = re.findall(r"(?:deployment|service|job|hpa|certificate|couchbasecluster)[ /](demopy[a-z-]*)", README)
+        assert set(named) <= names
+
+    def test_folders_are_applied_as_kustomizations(self) -> None:
+        for command in self.COMMANDS:
+            for path in re.findall(r"-f (k8s/\S+)", command):
+                assert (ROOT / path).is_file(), command
+
+    def test_secrets_can_be_made_again(self) -> None:
+        """`create` alone fails where there is one; and they are those that the templates describe."""
+        made = [command for command in self.COMMANDS if "create secret" in command]
+        assert all(command.endswith(" --dry-run=client -o yaml | kubectl apply -f -") for command in made)
+        named = {re.search(r"generic (\S+) -n (\S+)", command).groups() for command in made}
+        metadata = [load(ROOT / path)["metadata"] for path in TEMPLATES]
+        assert named == {(each["name"], each["namespace"]) for each in metadata}
+
+    def test_what_must_be_there_is_waited_for(self) -> None:
+        """Webhooks before what they check, the certificate before its file is written, and never for ever."""
+        assert all(command.endswith(" --wait") for command in self.COMMANDS if command.startswith("helm install"))
+        [reading] = [i for i, command in enumerate(self.COMMANDS) if command.endswith("> ca.crt")]
+        secret = re.search(r"get secret (\S+)", self.COMMANDS[reading])[1]
+        certificates = {
+            each["spec"]["secretName"]: each["metadata"]["name"]
+            for each in render(ROOT / "k8s/couchbase")
+            if each["kind"] == "Certificate"
+        }
+        assert f" certificate/{certificates[secret]} " in self.COMMANDS[reading - 1]
+        waits = [command for command in self.COMMANDS if re.match(r"kubectl (wait|rollout status)", command)]
+        assert len(waits) > 3 and all("--timeout=" in command for command in waits)
+
+    def test_what_it_all_needs_is_what_is_requested(self, base: list[Manifest]) -> None:
+        """The figures at the section's top."""
+        [pod], [job] = (
+            [each["containers"][0]["resources"]["requests"] for each in pods(objects)]
+            for objects in (base, render(ROOT / "k8s/sample-data"))
+        )
+        count = deployment(base)["replicas"]
+        cpu, memory = count * millicores(pod["cpu"]), count * mebibytes(pod["memory"])
+        assert f"request {cpu}m of CPU and {memory}Mi of memory" in README
+        assert f"the Job of the sample data {job['cpu']} and {job['memory']}" in README
+        [servers] = one(render(ROOT / "k8s/couchbase"), "CouchbaseCluster")["spec"]["servers"]
+        assert servers["size"] == 3 and servers["resources"]["requests"] == {"cpu": "1", "memory": "2Gi"}

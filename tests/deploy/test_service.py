@@ -1,6 +1,7 @@
 """The manifests and the service belong together: what they set, ask and wait for is what the service has."""
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,17 @@ class TestTimings:
         """The liveness probe begins when the start-up probe has succeeded: the process has half a minute."""
         probe = pod.container["startupProbe"]
         assert probe["periodSeconds"] * probe["failureThreshold"] >= 30
+
+    def test_first_probe_finds_the_port_bound(self, pod: Pod, database: EmulatorProcess, tmp_path: Path) -> None:
+        """Nothing is asked before the process can listen: a refused probe is a Warning event at every start."""
+        environment = pod.environment_here(tmp_path, database, USER, database.second_password)
+        seconds = []
+        for _ in range(3):  # the quickest counts: others run on this machine
+            started = time.monotonic()
+            service = ServiceProcess(environment).start()
+            seconds.append(time.monotonic() - started)
+            service.stop()
+        assert min(seconds) < pod.container["startupProbe"]["initialDelaySeconds"]
 
 
 class TestLeastRights:
