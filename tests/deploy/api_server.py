@@ -70,6 +70,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_DELETE(self) -> None:
         """Forget an object."""
+        self.content()  # options, which would be the next request else
         del self.server.objects[self.path.partition("?")[0]]
         self.answer({"kind": "Status", "status": "Success"})
 

@@ -1,13 +1,14 @@
 """The corpus in `requests/`: each raw request gets the answers that stand beside it, however its bytes are cut.
 
-A case is a file `NAME.http` with the bytes, and beside it `NAME.json`:
+A case is a line of JSON in a file for its kind:
 
+- `name`; `raw`: the bytes, as Latin-1 text
 - `answers`: the statuses, in order; `closed`: whether the server closes the connection then; `why`: the reason
 - `methods`, `routes`, `headers`: of each answer, where they matter: the request's method (else GET), the access log's
   route, header fields that the answer must have
 - `half_closed`: the client sends its end after the bytes
 
-`{{repeat:x:65536}}` in a request stands for so many times that text: larger requests are not worth their files.
+In `raw`, `{{repeat:TEXT:65536}}` stands for so many times that text, `{{count:TEXT:40}}` for it with 1, 2, … for its #.
 """
 
 import json
@@ -28,7 +29,7 @@ REFUSALS = {400, 408, 413, 414, 417, 431, 501, 505}
 TOKEN = "functional-tests"
 SMALL_BYTES = 6000  # up to this, every position is cut; in larger ones every position near the ends and the bounds
 CUTS = {65_536: (300, 97), 1 << 30: (50, 9973)}  # up to a size: bytes near each bound, and the stride, a prime
-REPEAT = re.compile(rb"\{\{repeat:(.):([0-9]+)\}\}")
+MARK = re.compile(r"\{\{(repeat|count):(.+?):([0-9]+)\}\}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Case:
     """One raw request, or several, and what must come of it."""
 
     name: str
+    raw: bytes = field(repr=False)
     answers: list[int]
     closed: bool
     why: str
@@ -45,21 +47,22 @@ class Case:
     half_closed: bool = False
 
     @property
-    def raw(self) -> bytes:
-        """The bytes to send."""
-        template = (CORPUS / f"{self.name}.http").read_bytes()
-        return REPEAT.sub(lambda found: found[1] * int(found[2]), template)
-
-    @property
     def refused(self) -> bool:
         """Whether the last answer refuses the message itself, not what it asks for."""
         return self.closed and bool(self.answers) and self.answers[-1] in REFUSALS
 
 
+def expand(mark: re.Match[str]) -> str:
+    kind, text, times = mark[1], mark[2], int(mark[3])
+    return text * times if kind == "repeat" else "".join(text.replace("#", str(n)) for n in range(1, times + 1))
+
+
 def read_cases() -> Iterator[Case]:
-    for path in sorted(CORPUS.rglob("*.json")):
-        name = path.relative_to(CORPUS).with_suffix("").as_posix()
-        yield Case(name=name.removesuffix(".json"), **json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted(CORPUS.glob("*.jsonl")):
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            row["name"] = f"{path.stem}/{row['name']}"
+            row["raw"] = MARK.sub(expand, row["raw"]).encode("latin-1")
+            yield Case(**row)
 
 
 CASES = {case.name: case for case in read_cases()}
@@ -150,9 +153,8 @@ def test_no_refused_request_reaches_the_database(single: ServiceProcess, emulato
 
 
 def test_corpus_is_complete() -> None:
-    """At least 150 cases, refused and accepted, every request with its expectation and the other way round."""
-    requests = {path.relative_to(CORPUS).as_posix().removesuffix(".http") for path in CORPUS.rglob("*.http")}
-    assert requests == set(CASES)
+    """At least 150 cases, refused and accepted, each with a name of its own and a reason."""
+    assert len(CASES) == len(list(read_cases()))
     assert len([case for case in CASES.values() if case.refused]) >= 100
     assert len([case for case in CASES.values() if not case.refused]) >= 50
     assert {status for case in CASES.values() if case.refused for status in case.answers[-1:]} == REFUSALS - {408}
