@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from tests.contract import swagger_ui
 from tests.sample_data import DEFAULT_SEED, MAX_PROFILES, OneLineParser, token_text, whole_number
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +180,7 @@ class Demo:
             emulator = stack.enter_context(Child("emulator", command, {}, self._events))
             settings = self._settings_for(json.loads(self._line_of(emulator, bool)))
             token = self._fill(settings)
+            settings["DOCS_ASSETS_URL"] = stack.enter_context(swagger_ui.served(swagger_ui.directory()))
             service = stack.enter_context(self._service(settings))
             listening = json.loads(self._line_of(service, lambda line: '"listening"' in line))
             base, metrics = f"http://127.0.0.1:{listening['port']}", f"http://127.0.0.1:{listening['metrics_port']}"
@@ -286,10 +288,10 @@ def guide(base: str, metrics: str, token: str, profile: dict[str, Any]) -> str:
         ("A wrong token, which gets 401", f"curl -sS -i -H 'Authorization: Bearer wrong' {api}/id/1"),
         ("Metrics for Prometheus", f"curl -sS {metrics}/metrics"),
     ]
-    lines = [f"\nThe service is ready at {base}", f"Its token is {token}", ""]
+    lines = [f"\nThe service is ready. In a browser: {base}/docs", f"Its token is {token}", ""]
     for heading, command in examples:
         lines += [f"{heading}:", f"  {command}", ""]
-    return "\n".join([*lines, f"In a browser: {base}/docs", "Ctrl-C ends it."])
+    return "\n".join([*lines, "Ctrl-C ends it."])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -174,11 +174,17 @@ def without_curl(command: list[str]) -> bytes:
 
 @needs_signals
 def test_what_is_printed_works_and_ctrl_c_ends_it(run_demo: Any, tmp_path: Path) -> None:
-    """Every route's line is run as printed; the defaults' seed is the sample data's. Ctrl-C is exit code 0."""
+    """Every route's line is run as printed; the defaults' seed is the sample data's. Ctrl-C is exit code 0.
+
+    The page comes first, and needs nothing from another machine.
+    """
     demo = run_demo(*SMALL, '--token=it\'s-a-"token"')
     demo.wait_until_ready()
     answers = {heading: answer(command, tmp_path) for heading, command in curl_lines(demo).items()}
     nicknamed = [profile(number) for number in (1, 321)]
+    page = re.findall(r"http://127\.0\.0\.1:[0-9]+/docs", "".join(demo.lines[:2]))
+    [script] = re.findall(rb'src="(http://127\.0\.0\.1:[^"]+)"', answer(["curl", "-sS", *page], tmp_path))
+    assert len(answer(["curl", "-sS", script.decode()], tmp_path)) > 100_000
     raw = answers.pop("The picture itself, into a file:")
     assert raw == base64.b64decode(picture(1)["image"])
     assert raw.startswith(b"\x89PNG")
