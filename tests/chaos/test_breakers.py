@@ -111,7 +111,7 @@ def test_while_it_is_open_only_single_probes_reach_the_wire(database: EmulatorPr
 def test_a_404_is_no_failure(database: EmulatorProcess, service: ServiceProcess) -> None:
     """However many documents and matches there are not, the breakers stay closed."""
     mark = len(service.lines)
-    assert by_status(ask_at_once(service.port, ["/api/v1/id/none"] * 20 + [LOOKUP] * 20, TOKEN)) == {404: 40}
+    assert by_status(ask_at_once(service.port, ["/api/v1/id/none"] * 20 + [LOOKUP] * 8, TOKEN)) == {404: 28}
     assert breakers(service) == {"key-value": "closed", "query": "closed"}
     assert states_since(service, mark, "query") == states_since(service, mark, "key-value") == []
 
