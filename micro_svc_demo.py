@@ -1365,8 +1365,7 @@ class Query(Awaited):
 
     def finish(self, outcome: list[bytes] | Exception) -> None:
         """Answer with what came of it, and judge by it whether the query service is well."""
-        store, now = self.loader.store, time.monotonic()
-        breaker = store.health.query_breaker
+        store, now, breaker = self.loader.store, time.monotonic(), self.loader.store.health.query_breaker
         self.loader.running.discard(self)
         if isinstance(outcome, ProblemError):  # nothing has been asked for, or its end is not waited for any more
             breaker.release()
@@ -1445,10 +1444,9 @@ class Loader:
         self.waiting: dict[str, dict[str, list[Get]]] = {}  # by collection and key, in the order of asking
         self.sizes = {USERS: 0, IMAGES: 6 << 20}  # of a collection's documents lately: a mean; at first a guess
         self.fetching_bytes, self.writing = 0, set[Connection]()  # of large documents; who has an answer half sent
-        self.waiting_singles: deque[Get] = deque()
-        self.waiting_slow: deque[Get] = deque()  # singles that may take long, and get half of the threads
-        self.waiting_queries: deque[Query] = deque()
-        self.running: set[Query] = set()
+        # documents while degraded, those that may take long apart: they get half of the threads
+        self.waiting_singles, self.waiting_slow = deque[Get](), deque[Get]()
+        self.waiting_queries, self.running = deque[Query](), set[Query]()
         self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)
         self._singles = Pool(self.single_threads, log, permanent=False)
         self._watching, self._dispatched_at = False, 0.0
@@ -1521,8 +1519,7 @@ class Loader:
 
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free; collections take turns."""
-        now = time.monotonic()
-        degraded, slow = self.store.health.degraded, self.store.health.slow
+        now, degraded, slow = time.monotonic(), self.store.health.degraded, self.store.health.slow
         if self.waiting and degraded and slow is not None:
             for get in [get for name in list(self.waiting) for gets in self._take(name).values() for get in gets]:
                 apart = vbucket(get.key) in slow and not get.replica
@@ -1604,8 +1601,7 @@ class Database:
         # of many documents a part may well be missing
         outcomes = {failure_of(error).outcome for error in errors.values()} - ({"not_found"} if many else set())
         outcome, size = min(outcomes, default="ok"), len(documents) + len(errors)
-        done = Operation(name, collection, started, time.monotonic() - started, outcome, size)
-        return done, documents, errors
+        return Operation(name, collection, started, time.monotonic() - started, outcome, size), documents, errors
 
     def run_query(self, statement: str, parameters: dict[str, object], seconds: float, *, adhoc: bool) -> list[bytes]:
         """Return a read-only statement's rows as raw JSON; `adhoc` leaves it unprepared; raises what the SDK raises."""
@@ -1631,11 +1627,6 @@ class Database:
         keys, timeout = {probe_keys()[number]: number for number in vbuckets}, timedelta(seconds=seconds)
         answer = self._collections[USERS].get_multi(list(keys), timeout=timeout)
         return {keys[key] for key, error in answer.exceptions.items() if not failure_of(error).outage}
-
-    def probe_queries(self) -> None:
-        """Run a query, not prepared, as a forgotten statement would never come back; raises what the SDK raises."""
-        nobody = {"value": "", "limit": 1, "offset": 0}
-        self.run_query(PROFILES_BY_NICKNAME, nobody, self.probe_seconds, adhoc=True)
 
     def connect(self) -> None:
         """Open the cluster and the bucket, within about 20 s; FatalError for wrong credentials or no such bucket."""
@@ -1915,8 +1906,11 @@ class Health:
         """Look whether Couchbase is well and the token still the same; if nothing is answered, renew the password."""
         started = time.monotonic()
         if self.query_breaker.may_be_checked(started):
+            # not prepared, as a forgotten statement would never come back
+            nobody, seconds = {"value": "", "limit": 1, "offset": 0}, self._database.probe_seconds
+            ask = functools.partial(self._database.run_query, PROFILES_BY_NICKNAME, nobody, seconds, adhoc=True)
             with contextlib.suppress(Exception):
-                await self._call(self._database.probe_queries)
+                await self._call(ask)
                 self.query_breaker.succeeded(started)  # by now its pauses may be long
         # while nothing is answered, a look at the token would take its whole time-out to say the same
         if not self.degraded or self.answered_at >= self._unanswered_at:
