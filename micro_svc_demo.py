@@ -484,15 +484,8 @@ class Operation(NamedTuple):
     size: int = 1  # keys
 
 
-class Fetched(NamedTuple):
-    """What has come of one operation on documents, by key; the rest as in `Operation`."""
-
-    name: str
-    collection: str
-    started: float
-    seconds: float
-    documents: dict[str, Document]
-    errors: dict[str, Exception]  # of the SDK
+# What has come of an operation on documents, by key; the exceptions are the SDK's.
+Fetched: TypeAlias = tuple[Operation, dict[str, Document], dict[str, Exception]]
 
 
 class Failure(NamedTuple):
@@ -503,6 +496,11 @@ class Failure(NamedTuple):
     detail: str
     advice: str = ""
     outage: bool = False  # speaks of the service, not of the request: counts for the breaker
+
+    @property
+    def outcome(self) -> str:
+        """Return what the metrics call it: one of OUTCOMES."""
+        return {404: "not_found", 504: "timeout", 503: "unavailable"}.get(self.status, "error")
 
 
 _OUT_OF_REACH, _SCHEMA = "Couchbase is out of reach", "the database's schema is incomplete"
@@ -553,83 +551,56 @@ def failure_of(error: BaseException) -> Failure:
     return row or next((row for row in FAILURES if isinstance(error, row.exceptions)), UNEXPECTED)
 
 
-def outcome_of(error: BaseException) -> str:
-    """Return what the metrics call a failure: one of OUTCOMES."""
-    return {404: "not_found", 504: "timeout", 503: "unavailable"}.get(failure_of(error).status, "error")
-
-
 class ProfileStore:
     """Gets documents and runs queries for handlers, and says what a failure means."""
 
     def __init__(self, settings: Settings, log: Log, metrics: Metrics) -> None:
-        self._log, self._metrics = log, metrics
+        self._log, self.metrics = log, metrics
         self.database = Database(settings)
         self.tokens = Tokens(settings.token_refresh_seconds)
         self.health = Health(self.database, self.tokens, log, metrics)
-        self.adhoc_until = 0.0  # until then, in monotonic seconds, statements go unprepared
         self.loader = Loader(self, settings.threads, log)
 
     def get(self, collection: str, key: str) -> Get:
-        """Return what to await for one document; raises 503 while the breaker is open."""
-        return Get(self.loader, collection, key, self.health.degraded and self.health.admit(key))
+        """Return what to await for one document; raises 503 where nobody is to be asked for it."""
+        health, replica = self.health, False
+        if health.degraded:
+            replica = vbucket(key) in health.down
+            (health.replica_breaker if replica else health.breaker).admit(time.monotonic())
+        return Get(self.loader, collection, key, replica)
 
     def query(self, statement: str, parameters: dict[str, object]) -> Query:
-        """Return what to await for the rows of a statement, raw JSON each; raises 503 as `get` does."""
+        """Return what to await for the rows of a statement, raw JSON each; raises 503 while the breaker is open."""
         self.health.query_breaker.admit(time.monotonic())
         return Query(self.loader, statement, parameters)
 
-    def judge(self, fetched: Fetched) -> tuple[Operation, Mapping[str, Document | ProblemError]]:
+    def judge(self, fetched: Fetched) -> dict[str, Document | ProblemError]:
         """Judge what an operation on documents has brought: for Couchbase's health, and for each caller by key."""
-        name, collection, started, seconds, documents, errors = fetched
-        outcome, judged = "ok", cast("dict[str, Any]", documents)
-        if errors:
-            judged, outcomes = {**documents}, set(map(outcome_of, errors.values()))
-            # of many documents a part may well be missing
-            outcome = min(outcomes if name != "get_multi" else outcomes - {"not_found"}, default="ok")
-        operation = Operation(name, collection, started, seconds, outcome, len(documents) + len(errors))
-        self._metrics.finished.append(operation)
-        outages = [key for key, error in errors.items() if failure_of(error).outage] if errors else []
+        done, documents, errors = fetched
+        self.metrics.finished.append(done)
+        health, replica = self.health, done.name == "get_any_replica"
+        outages = [key for key, error in errors.items() if failure_of(error).outage]
         if documents or len(outages) < len(errors):
-            breaker, ended = self.health.breaker, started + seconds
-            if name == "get_any_replica":
-                breaker, self.health.replica_fetched_at = self.health.replica_breaker, ended
+            breaker, ended = health.breaker, done.started + done.seconds
+            if replica:
+                breaker, health.replica_fetched_at = health.replica_breaker, ended
             else:
-                self.health.answered_at = self.health.fetched_at = ended
-            if breaker.failures:
-                breaker.succeeded(started)
+                health.answered_at = health.fetched_at = ended
+            breaker.succeeded(done.started)
         for key in outages:
-            self.health.failed(key, operation)
-        for key, error in errors.items():  # of a replica also what is not there: the node that would know is down
-            judged[key] = unavailable(_OUT_OF_REACH) if name == "get_any_replica" else self.problem(error, "get")
-        return operation, judged
-
-    def judge_rows(self, outcome: list[bytes] | Exception, operation: Operation) -> list[bytes] | ProblemError:
-        """Judge what has come of a query."""
-        self._metrics.finished.append(operation)
-        if isinstance(outcome, Exception) and failure_of(outcome).outage:
-            self.health.query_breaker.failed(operation.started, time.monotonic())
-        else:
-            self.health.query_breaker.succeeded(operation.started)
-        return self.problem(outcome, "query") if isinstance(outcome, Exception) else outcome
-
-    def give_up_query(self, started: float, route: str) -> ProblemError:
-        """Take note of a query, begun at `started`, that the SDK has not given back in time; return a 504."""
-        # It never does when the server has forgotten a prepared statement (4040): the SDK (4.3 to 4.6) prepares it
-        # again and loses the rows, the thread and the connection. So for a minute statements are not prepared.
-        self._log.event("error", "a query is overdue; its worker is given up", route=route)
-        now = time.monotonic()
-        self.health.query_breaker.failed(started, now)
-        self.adhoc_until = now + 60.0
-        return ProblemError(504, _TOO_SLOW)
+            health.failed(key, done)
+        # of a replica also what is not there: the node that would know is down
+        problems = {key: unavailable(_OUT_OF_REACH) if replica else self.problem(errors[key], "get") for key in errors}
+        return {**documents, **problems}
 
     def problem(self, error: Exception, operation: str) -> ProblemError:
         """Say what a failure of the SDK means to the caller, and tell the operator what to do about it."""
         failure = failure_of(error)
-        if failure.status != HTTPStatus.NOT_FOUND:
+        if failure.outcome != "not_found":
             level, advice = ("error", {"advice": failure.advice}) if failure.advice else ("warning", {})
             self._log.event(level, "couchbase failure", operation=operation, error=describe(error), **advice)
-        out_of_reach = failure.status == HTTPStatus.SERVICE_UNAVAILABLE
-        return unavailable(failure.detail) if out_of_reach else ProblemError(failure.status, failure.detail)
+        again = failure.outcome == "unavailable"
+        return unavailable(failure.detail) if again else ProblemError(failure.status, failure.detail)
 
 
 # ── The server ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1388,20 +1359,26 @@ class Query(Awaited):
 
     def call(self) -> list[bytes]:
         """Run the statement."""
-        store, waited_seconds = self.loader.store, self.handler.queue_seconds
-        adhoc = self.started < store.adhoc_until
-        return store.database.run_query(self._statement, self._parameters, waited_seconds, adhoc=adhoc)
+        database, adhoc = self.loader.store.database, self.started < self.loader.adhoc_until
+        seconds = database.query_timeout_seconds - self.handler.queue_seconds
+        return database.run_query(self._statement, self._parameters, seconds, adhoc=adhoc)
 
     def finish(self, outcome: list[bytes] | Exception) -> None:
-        """Answer with what came of it."""
-        store, seconds = self.loader.store, time.monotonic() - self.started
+        """Answer with what came of it, and judge by it whether the query service is well."""
+        store, now, breaker = self.loader.store, time.monotonic(), self.loader.store.health.query_breaker
         self.loader.running.discard(self)
-        if isinstance(outcome, ProblemError):
-            store.health.query_breaker.release()
+        if isinstance(outcome, ProblemError):  # nothing has been asked for, or its end is not waited for any more
+            breaker.release()
         else:
-            name = outcome_of(outcome) if isinstance(outcome, Exception) else "ok"
-            self.handler.operation = Operation("query", self._statement, self.started, seconds, name)
-            outcome = store.judge_rows(outcome, self.handler.operation)
+            failure = failure_of(outcome) if isinstance(outcome, Exception) else None
+            if failure and failure.outage:
+                breaker.failed(self.started, now)
+            else:
+                breaker.succeeded(self.started)
+            name = failure.outcome if failure else "ok"
+            self.handler.operation = Operation("query", self._statement, self.started, now - self.started, name)
+            store.metrics.finished.append(self.handler.operation)
+            outcome = store.problem(outcome, "query") if isinstance(outcome, Exception) else outcome
         if self.handler.resume(outcome):
             self.handler.connection.reply(self.handler)
 
@@ -1411,37 +1388,30 @@ class Batch:
 
     given_up = False
 
-    def __init__(self, waiting: dict[str, list[Get]], now: float) -> None:
-        """Take who waits, by key, less those who have waited for as long as a caller would, and are refused."""
+    def __init__(self, waiting: dict[str, list[Get]]) -> None:
         self.waiting, self._first = waiting, next(iter(waiting.values()))[0]  # all are of its collection
-        for key, gets in list(waiting.items()):
-            for get in gets:
-                get.handler.queue_seconds = now - get.handler.started
-            if gets[0].handler.queue_seconds > self._first.loader.store.database.timeout_seconds:
-                late = Batch({key: waiting.pop(key)}, gets[0].handler.started)
-                for get in gets:
-                    get.handler.queue_seconds = now - get.handler.started
-                late.finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
 
     def call(self) -> Fetched:
         """Fetch them."""
-        database, collection, keys = self._first.loader.store.database, self._first.collection, list(self.waiting)
-        if self._first.replica:
-            return database.fetch(collection, keys, 0.0, replica=True)
-        longest_seconds = self.waiting[keys[0]][0].handler.queue_seconds
-        return database.fetch(collection, keys, longest_seconds if longest_seconds > Loader.slack_seconds else 0.0)
+        first, database = self._first, self._first.loader.store.database
+        waited = first.handler.queue_seconds  # the longest of all
+        seconds = max(0.01, database.timeout_seconds - waited) if waited > Loader.slack_seconds else 0.0
+        return database.fetch(first.collection, list(self.waiting), seconds, replica=first.replica)
 
     def finish(self, outcome: Any) -> None:
         """Answer whoever waits; all answers are made before the first is sent: that wakes receivers up less often."""
         loader, store, answered = self._first.loader, self._first.loader.store, []
-        operation, found = store.judge(outcome) if isinstance(outcome, Fetched) else (None, {})
+        operation, found = None, dict[str, Document | ProblemError]()
+        if isinstance(outcome, tuple):
+            operation, documents, _ = outcome
+            found = store.judge(outcome)
+            if documents:
+                size = len(next(iter(documents.values())).value)
+                loader.sizes[operation.target] += (size - loader.sizes[operation.target]) // 4
+        elif isinstance(outcome, ProblemError):  # nothing has been asked for
+            (store.health.replica_breaker if self._first.replica else store.health.breaker).release()
         if loader.fetching_bytes:
             loader.fetching_bytes -= sum(get.bytes for gets in self.waiting.values() for get in gets)
-        if isinstance(outcome, Fetched) and outcome.documents:
-            collection, size = outcome.collection, len(next(iter(outcome.documents.values())).value)
-            loader.sizes[collection] += (size - loader.sizes[collection]) // 4
-        if isinstance(outcome, ProblemError):  # nothing has been asked for
-            (store.health.replica_breaker if self._first.replica else store.health.breaker).release()
         for key, gets in self.waiting.items():
             for get in gets:
                 get.handler.operation = operation
@@ -1454,10 +1424,9 @@ class Batch:
 class Loader:
     """Has documents and rows fetched by threads; what waits for one is bounded, and waits for a bounded time.
 
-    Documents that are asked for in one turn of the event loop are fetched at once. While all threads are busy, what
-    comes meanwhile waits and makes the next batch larger. While key-value is degraded each document is fetched by
-    itself, so that none waits for another's failure. Queries have threads of their own (a bulkhead).
-    Large documents are bounded by the bytes that are fetched and not sent yet: a pod has 256 MiB.
+    What comes while all threads are busy makes the next batch larger. While key-value is degraded each document is
+    fetched by itself, so that none waits for another's failure. Queries have threads of their own (a bulkhead). Large
+    documents are bounded by the bytes that are fetched and not sent yet: a pod has 256 MiB.
     """
 
     # The least that still serves 256 clients of a database 5 ms away (the grid in tests/load/results).
@@ -1470,14 +1439,14 @@ class Loader:
     look_seconds, grace_seconds = 0.025, 0.03  # after its time-out a query that the SDK still holds is given up
 
     def __init__(self, store: ProfileStore, query_threads: int, log: Log) -> None:
-        self.store = store
+        self.store, self._log = store, log
+        self.adhoc_until = 0.0  # until then, in monotonic seconds, statements go unprepared
         self.waiting: dict[str, dict[str, list[Get]]] = {}  # by collection and key, in the order of asking
         self.sizes = {USERS: 0, IMAGES: 6 << 20}  # of a collection's documents lately: a mean; at first a guess
         self.fetching_bytes, self.writing = 0, set[Connection]()  # of large documents; who has an answer half sent
-        self.waiting_singles: deque[Get] = deque()
-        self.waiting_slow: deque[Get] = deque()  # singles that may take long, and get half of the threads
-        self.waiting_queries: deque[Query] = deque()
-        self.running: set[Query] = set()
+        # documents while degraded, those that may take long apart: they get half of the threads
+        self.waiting_singles, self.waiting_slow = deque[Get](), deque[Get]()
+        self.waiting_queries, self.running = deque[Query](), set[Query]()
         self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)
         self._singles = Pool(self.single_threads, log, permanent=False)
         self._watching, self._dispatched_at = False, 0.0
@@ -1505,26 +1474,29 @@ class Loader:
             waiting.popleft().finish(unavailable("overloaded: no query thread is free", rejected="overloaded"))
         latest = now - self.store.database.query_timeout_seconds - self.grace_seconds
         for query in [query for query in self.running if query.handler.started < latest]:
-            query.given_up = True  # with its thread: the SDK may never give it back
+            # The SDK (4.3 to 4.6) never gives it back when the server has forgotten a prepared statement (4040): it
+            # prepares it again and loses the rows, the thread and the connection. So for a minute none is prepared.
+            query.given_up, self.adhoc_until = True, now + 60.0
             self._queries.free += 1
-            query.finish(self.store.give_up_query(query.started, query.handler.route))
+            self._log.event("error", "a query is overdue; its worker is given up", route=query.handler.route)
+            self.store.health.query_breaker.failed(query.started, now)
+            query.finish(ProblemError(504, _TOO_SLOW))
         if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
             self.store.health.degrade(1.0)
 
     def _take(self, collection: str, most: int = 1 << 30) -> dict[str, list[Get]]:
         """Take out who waits for a collection's documents, by key: so many keys at most, and so many bytes."""
-        taken, rest = self.waiting.pop(collection), dict[str, list[Get]]()
-        if (size := self.sizes[collection]) * self.batch_size * self.threads > self.most_bytes:
-            now, everyone = time.monotonic(), [get for gets in taken.values() for get in gets]
+        taken, rest, size = self.waiting.pop(collection), dict[str, list[Get]](), self.sizes[collection]
+        if size * self.batch_size * self.threads > self.most_bytes:
+            now, everyone, taken = time.monotonic(), [get for gets in taken.values() for get in gets], {}
             counted, late = now - self.sending_seconds, now - self.store.database.timeout_seconds
             sending = [each for each in self.writing if each.deadline - each.write_seconds > counted]
             held = self.fetching_bytes + sum(each.transport.get_write_buffer_size() for each in sending)
-            taken = {}
             room = min(most, max((self.most_bytes - held) // size, not held))
             for number, get in enumerate(everyone):
                 get.bytes = size * (number < room)
                 self.fetching_bytes += get.bytes
-                chosen = taken if get.bytes or get.handler.started < late else rest  # a `Batch` refuses the late ones
+                chosen = taken if get.bytes or get.handler.started < late else rest  # `_run` refuses the late ones
                 chosen.setdefault(get.key, []).append(get)
         elif len(taken) > most:
             keys = iter(taken.items())
@@ -1532,10 +1504,22 @@ class Loader:
         self.waiting |= {collection: rest} if rest else {}
         return taken
 
+    def _run(self, pool: Pool, waiting: dict[str, list[Get]], now: float) -> None:
+        """Have documents fetched, but for those asked for so long ago that no caller would wait: they are refused."""
+        latest, late = now - self.store.database.timeout_seconds, {}
+        for key, gets in list(waiting.items()):
+            for get in gets:
+                get.handler.queue_seconds = now - get.handler.started
+            if gets[0].handler.started < latest:
+                late[key] = waiting.pop(key)
+        if late:
+            Batch(late).finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
+        if waiting:
+            pool.run(Batch(waiting))
+
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free; collections take turns."""
-        now = time.monotonic()
-        degraded, slow = self.store.health.degraded, self.store.health.slow
+        now, degraded, slow = time.monotonic(), self.store.health.degraded, self.store.health.slow
         if self.waiting and degraded and slow is not None:
             for get in [get for name in list(self.waiting) for gets in self._take(name).values() for get in gets]:
                 apart = vbucket(get.key) in slow and not get.replica
@@ -1545,13 +1529,11 @@ class Loader:
             taken = self._take(next(iter(self.waiting)), self.batch_size)
             bounded = 0 if taken else bounded + 1
             self._dispatched_at = now
-            if taken and (batch := Batch(taken, now)).waiting:
-                self._batches.run(batch)
+            self._run(self._batches, taken, now)
         for singles, reserved in ((self.waiting_slow, self.single_threads // 2), (self.waiting_singles, 0)):
             while singles and self._singles.free > reserved:
                 get = singles.popleft()
-                if (batch := Batch({get.key: [get]}, now)).waiting:
-                    self._singles.run(batch)
+                self._run(self._singles, {get.key: [get]}, now)
         while self.waiting_queries and self._queries.free:
             query = self.waiting_queries.popleft()
             query.started, query.handler.queue_seconds = now, now - query.handler.started
@@ -1571,9 +1553,7 @@ class _RowBytes(Serializer):  # type: ignore[misc]  # the SDK's class is untyped
 class _DocumentBytes(RawJSONTranscoder):  # type: ignore[misc]
     """Passes documents through as the bytes they are stored as: those count, not what their flags say."""
 
-    def decode_value(self, value: bytes, _flags: int) -> bytes:
-        """Return the value."""
-        return value
+    decode_value = staticmethod(lambda value, _flags: value)
 
 
 def is_object(value: bytes) -> bool:
@@ -1589,35 +1569,28 @@ def is_object(value: bytes) -> bool:
 class Database:
     """The SDK, connected to one scope of one bucket; each method is a blocking call or a few, which threads make."""
 
+    probe_seconds = 0.25  # a time-out: a probe can only find out sooner what requests' time-outs would
+
     def __init__(self, settings: Settings) -> None:
         self._settings, self.scope_name, self.connected = settings, settings.couchbase_scope, False
         self._cluster = self._scope = cast("Any", None)
         self._collections: dict[str, Any] = {}
-        self.probe_timeout = timedelta(seconds=0.25)  # it can only find out sooner what requests' time-outs would
         self.timeout_seconds = settings.couchbase_timeout_ms / 1000
-        self.key_value_timeout = timedelta(seconds=self.timeout_seconds)
         self.query_timeout_seconds = settings.couchbase_query_timeout_ms / 1000
         consistency = QueryScanConsistency.NOT_BOUNDED
         self._query_options = {"read_only": True, "scan_consistency": consistency, "serializer": _RowBytes()}
 
-    def fetch(self, collection: str, keys: list[str], waited_seconds: float, *, replica: bool = False) -> Fetched:
-        """Get documents by one hand-over to the SDK (0 `waited_seconds` spare a time-out's cost), or one's replica."""
-        left_seconds = self.timeout_seconds - waited_seconds
-        options = {"timeout": timedelta(seconds=max(0.01, left_seconds))} if waited_seconds else {}
-        documents: dict[str, Document] = {}
-        results: Mapping[str, Any] = {}
-        errors: dict[str, Exception] = {}
-        started, source = time.monotonic(), self._collections[collection]
+    def fetch(self, collection: str, keys: list[str], seconds: float = 0.0, *, replica: bool = False) -> Fetched:
+        """Get documents by one hand-over to the SDK (0 `seconds` spare a time-out's cost), or one's replica."""
         name = "get_any_replica" if replica else "get" if len(keys) == 1 else "get_multi"
+        many, seconds = name == "get_multi", self.probe_seconds if replica else seconds
+        options = {"timeout": timedelta(seconds=seconds)} if seconds else {}
+        documents, results, errors = dict[str, Document](), dict[str, Any](), dict[str, Exception]()
+        started, ask = time.monotonic(), getattr(self._collections[collection], name)
         try:
-            if replica:
-                with_timeout = cbo.GetAnyReplicaOptions(timeout=self.probe_timeout)
-                results = {keys[0]: source.get_any_replica(keys[0], with_timeout)}
-            elif len(keys) == 1:
-                results = {keys[0]: source.get(keys[0], *([cbo.GetOptions(**options)] if options else ()))}
-            else:
-                answer = source.get_multi(keys, **options)  # exceptions are returned
-                results, errors = answer.results, {} if answer.all_ok else answer.exceptions
+            answer = ask(keys if many else keys[0], **options)
+            results = answer.results if many else {keys[0]: answer}
+            errors = answer.exceptions if many and not answer.all_ok else {}
         except Exception as error:
             errors = dict.fromkeys(keys, error)
         for key, result in results.items():
@@ -1625,21 +1598,21 @@ class Database:
                 documents[key] = tuple.__new__(Document, (value, result.cas, replica and result.is_replica))
             else:
                 errors[key] = cb.ValueFormatException("no JSON object")
-        return Fetched(name, collection, started, time.monotonic() - started, documents, errors)
+        # of many documents a part may well be missing
+        outcomes = {failure_of(error).outcome for error in errors.values()} - ({"not_found"} if many else set())
+        outcome, size = min(outcomes, default="ok"), len(documents) + len(errors)
+        return Operation(name, collection, started, time.monotonic() - started, outcome, size), documents, errors
 
-    def run_query(
-        self, statement: str, parameters: dict[str, object], waited_seconds: float = 0.0, *, adhoc: bool = False
-    ) -> list[bytes]:
+    def run_query(self, statement: str, parameters: dict[str, object], seconds: float, *, adhoc: bool) -> list[bytes]:
         """Return a read-only statement's rows as raw JSON; `adhoc` leaves it unprepared; raises what the SDK raises."""
-        timeout = timedelta(seconds=max(0.01, self.query_timeout_seconds - waited_seconds))
+        timeout = timedelta(seconds=max(0.01, seconds))
         options = cbo.QueryOptions(named_parameters=parameters, timeout=timeout, adhoc=adhoc, **self._query_options)
         return list(self._scope.query(statement, options))
 
     def fetch_token(self) -> str:
         """Return the service's token; NoTokenError if it answers that there is none, else what the SDK raises."""
-        options = cbo.LookupInOptions(timeout=self.key_value_timeout)
         try:
-            found = self._collections[AUTH].lookup_in(TOKEN_KEY, [path_get(TOKEN_PATH)], options)
+            found = self._collections[AUTH].lookup_in(TOKEN_KEY, [path_get(TOKEN_PATH)])
             token = json.loads(found.content_as[bytes](0))
         except cb.DocumentNotFoundException as error:
             raise NoTokenError(f"the token document {TOKEN_KEY!r} does not exist in {AUTH!r}: {PROVISION}") from error
@@ -1649,16 +1622,11 @@ class Database:
             raise NoTokenError(f"the token in {TOKEN_KEY!r} is not 1 to 4096 visible ASCII characters: {PROVISION}")
         return token
 
-    def probe(self, vbuckets: Collection[int], timeout: timedelta) -> set[int]:
+    def probe(self, vbuckets: Collection[int], seconds: float) -> set[int]:
         """Ask for a document that does not exist in each vBucket, as requests ask; return those that were answered."""
-        keys = {probe_keys()[number]: number for number in vbuckets}
-        answer = self._collections[USERS].get_multi(list(keys), return_exceptions=True, timeout=timeout)
+        keys, timeout = {probe_keys()[number]: number for number in vbuckets}, timedelta(seconds=seconds)
+        answer = self._collections[USERS].get_multi(list(keys), timeout=timeout)
         return {keys[key] for key, error in answer.exceptions.items() if not failure_of(error).outage}
-
-    def probe_queries(self) -> None:
-        """Run a query, not prepared, as a forgotten statement would never come back; raises what the SDK raises."""
-        waited_seconds = self.query_timeout_seconds - self.probe_timeout.total_seconds()
-        self.run_query(PROFILES_BY_NICKNAME, {"value": "", "limit": 1, "offset": 0}, waited_seconds, adhoc=True)
 
     def connect(self) -> None:
         """Open the cluster and the bucket, within about 20 s; FatalError for wrong credentials or no such bucket."""
@@ -1713,9 +1681,8 @@ class Database:
 def open_cluster(settings: Settings) -> Any:
     """Connect to the cluster as the settings say; nothing of the SDK's own tracing, metrics or telemetry runs."""
     user = PasswordAuthenticator(settings.couchbase_user, settings.couchbase_password, settings.couchbase_tls_ca)
-    kv = timedelta(milliseconds=settings.couchbase_timeout_ms)
-    query = timedelta(milliseconds=settings.couchbase_query_timeout_ms)
-    timeouts = cbo.ClusterTimeoutOptions(kv_timeout=kv, query_timeout=query, management_timeout=timedelta(seconds=5))
+    kv, management = timedelta(milliseconds=settings.couchbase_timeout_ms), timedelta(seconds=5)
+    timeouts = cbo.ClusterTimeoutOptions(kv_timeout=kv, management_timeout=management)  # each query has its own
     options: dict[str, Any] = {"enable_tracing": False, "enable_metrics": False, "enable_app_telemetry": False}
     options |= {"network": settings.couchbase_network, "transcoder": _DocumentBytes(), "timeout_options": timeouts}
     options |= {} if settings.couchbase_tls_verify else {"tls_verify": cbo.TLSVerifyMode.NONE}
@@ -1864,12 +1831,6 @@ class Health:
         self._log.event("info" if state == Breaker.CLOSED else "warning", "breaker", service=service, state=state)
         self.check_due.set()
 
-    def admit(self, key: str) -> bool:
-        """Return whether a document has to come from a replica; raise a 503 where nobody is to be asked for it."""
-        down = vbucket(key) in self.down
-        (self.replica_breaker if down else self.breaker).admit(time.monotonic())
-        return down
-
     def failed(self, key: str, done: Operation) -> None:
         """Take note of a key-value failure that speaks of the service."""
         ended = done.started + done.seconds
@@ -1924,13 +1885,13 @@ class Health:
         started, outcome, answered = time.monotonic(), "ok", True
         try:
             token = await self._call(self._database.fetch_token)
-        except NoTokenError as error:
-            outcome, self._missing = "not_found", str(error)
-            raise
         except Exception as error:
-            outcome, failure, scope = outcome_of(error), failure_of(error), self._database.scope_name
-            advice, answered = f"{failure.detail} (scope {scope!r}): {failure.advice}", not failure.outage
+            failure, scope = failure_of(error), self._database.scope_name
+            outcome, answered = failure.outcome, not failure.outage
+            advice = f"{failure.detail} (scope {scope!r}): {failure.advice}"
             self._missing = advice if failure.advice else "not connected yet"
+            if isinstance(error, NoTokenError):
+                outcome, self._missing = "not_found", str(error)
             raise
         finally:
             ended = time.monotonic()
@@ -1945,8 +1906,11 @@ class Health:
         """Look whether Couchbase is well and the token still the same; if nothing is answered, renew the password."""
         started = time.monotonic()
         if self.query_breaker.may_be_checked(started):
+            # not prepared, as a forgotten statement would never come back
+            nobody, seconds = {"value": "", "limit": 1, "offset": 0}, self._database.probe_seconds
+            ask = functools.partial(self._database.run_query, PROFILES_BY_NICKNAME, nobody, seconds, adhoc=True)
             with contextlib.suppress(Exception):
-                await self._call(self._database.probe_queries)
+                await self._call(ask)
                 self.query_breaker.succeeded(started)  # by now its pauses may be long
         # while nothing is answered, a look at the token would take its whole time-out to say the same
         if not self.degraded or self.answered_at >= self._unanswered_at:
@@ -1970,7 +1934,7 @@ class Health:
         started, closed = time.monotonic(), self.breaker.state == Breaker.CLOSED
         if self.breaker.may_be_checked(started) or self.breaker.allow(started):
             asked = set(range(VBUCKETS)) if closed else {random.randrange(VBUCKETS)}  # noqa: S311  # not a secret
-            missing = asked - await self._call(self._database.probe, asked, self._database.probe_timeout)
+            missing = asked - await self._call(self._database.probe, asked, self._database.probe_seconds)
             if len(missing) < len(asked):
                 self.answered_at = max(self.answered_at, started)
                 self.breaker.succeeded(started)
@@ -1981,7 +1945,7 @@ class Health:
             if closed and len(missing) < VBUCKETS:
                 self.slow, self.down = missing, self.down & missing
                 if fresh := missing - self.down:
-                    self.down |= fresh - await self._call(self._database.probe, fresh, self._database.key_value_timeout)
+                    self.down |= fresh - await self._call(self._database.probe, fresh, self._database.timeout_seconds)
 
 
 # ── Tokens and decoded pictures ───────────────────────────────────────────────────────────────────────────────────────

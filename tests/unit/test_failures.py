@@ -345,16 +345,21 @@ def test_an_exception_whose_text_raises_is_answered_by_the_store(store: service.
     store.database._collections, store.database._scope = {service.USERS: Failing()}, Failing()
 
     async def judge(*keys: str) -> list[int]:
-        operation, found = store.judge(store.database.fetch(service.USERS, list(keys), 0.0))
+        operation, *_ = fetched = store.database.fetch(service.USERS, list(keys))
+        found = store.judge(fetched)
         assert (operation.outcome, operation.size, found.keys()) == ("timeout", len(keys), set(keys))
         return [problem.status for problem in found.values() if isinstance(problem, service.ProblemError)]
 
     assert asyncio.run(judge("user_data:1")) == [504]
     assert asyncio.run(judge("user_data:1", "user_data:2")) == [504, 504]
     with pytest.raises(Unspeakable) as raised:
-        store.database.run_query(service.PROFILES_BY_NICKNAME, {})
-    answer = store.judge_rows(raised.value, service.Operation("query", "", 0.0, 0.0, "timeout"))
+        store.database.run_query(service.PROFILES_BY_NICKNAME, {}, 1.0, adhoc=False)
+    query = service.Query(store.loader, "", {})
+    query.handler = Mock(resume=Mock(return_value=False))
+    query.finish(raised.value)
+    [[answer], _] = query.handler.resume.call_args
     assert isinstance(answer, service.ProblemError) and answer.status == 504
+    assert query.handler.operation and query.handler.operation.outcome == "timeout"
     assert [line["error"] for line in logged() if line["message"] == "couchbase failure"] == ["Unspeakable"] * 4
 
 
@@ -370,12 +375,12 @@ def probed(store: service.ProfileStore, error: Exception, *, beside: bool = Fals
         breaker.failed(before, before)
 
     async def probe() -> None:
-        earlier = store.database.fetch(service.USERS, ["user_data:2"], 0.0)
+        earlier = store.database.fetch(service.USERS, ["user_data:2"])
         assert breaker.allow(time.monotonic())
         if beside:
             store.judge(earlier)
         assert breaker.state == breaker.HALF_OPEN
-        store.judge(store.database.fetch(service.USERS, ["user_data:1"], 0.0))
+        store.judge(store.database.fetch(service.USERS, ["user_data:1"]))
 
     asyncio.run(probe())
     return breaker.state

@@ -52,14 +52,14 @@ class Part:
         }
         return Mock(all_ok=not said, results=found, exceptions={key: error for key, error in said.items() if error})
 
-    def get(self, key: str, options: Any = (), name: str = "get") -> Any:
+    def get(self, key: str, name: str = "get", **options: Any) -> Any:
         answer = self.ask(name, self.target, [key], options)
         for error in answer.exceptions.values():
             raise error
         return answer.results[key]
 
-    def get_any_replica(self, key: str, options: Any) -> Any:
-        return self.get(key, options, "get_any_replica")
+    def get_any_replica(self, key: str, **options: Any) -> Any:
+        return self.get(key, "get_any_replica", **options)
 
     def get_multi(self, keys: list[str], **options: Any) -> Any:
         if not keys[0].startswith("probe:"):
@@ -127,11 +127,11 @@ class Bench:
         return clients, calls
 
 
-def probe_that_waits_to_confirm(bench: Bench, probe: Callable[..., Any], asked: set[int], timeout: Any) -> Any:
+def probe_that_waits_to_confirm(bench: Bench, probe: Callable[..., Any], asked: set[int], seconds: float) -> Any:
     """Probe; what takes longer than the quick look does is not known before the test ends."""
-    if timeout > bench.database.probe_timeout:
+    if seconds > bench.database.probe_seconds:
         bench.closing.wait(SECONDS)
-    return probe(asked, timeout)
+    return probe(asked, seconds)
 
 
 async def within(awaited: Awaitable[Any]) -> Any:
