@@ -97,8 +97,7 @@ def _matching(pattern: str, allowed: str) -> Check:
 
 
 def _integer(low: int, high: int) -> Check:
-    _, digits = _matching("[0-9]{1,9}", "")
-    return f"{low} to {high}", lambda text: low + range(low, high + 1).index(int(digits(text)))
+    return f"{low} to {high}", lambda text: low + range(low, high + 1).index(int(_matching("[0-9]{1,9}", "")[1](text)))
 
 
 def _choice(allowed: str) -> Check:
@@ -110,12 +109,12 @@ def _file(text: str) -> str:
         return text
 
 
-_HOST = r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]"
-_HOSTS = rf"(?:{_HOST})(?::[0-9]{{1,5}})?(?:,(?:{_HOST})(?::[0-9]{{1,5}})?)*"
+_HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+_HOSTS = rf"{_HOST}(?:,{_HOST})*"
 _CLUSTER_TEXT = "host[:port], several with commas, or couchbase[s]://..."
 _CLUSTER = _matching(rf"{_HOSTS}|couchbases?://{_HOSTS}/?(?:\?[!-~]*)?", _CLUSTER_TEXT)
 # It gets into a page and its policy: nothing that means something there.
-_ASSETS = _matching(rf"https?://(?:{_HOST})(?::[0-9]{{1,5}})?(?:/[A-Za-z0-9@._~-]+)*", "http[s]://host[:port][/path]")
+_ASSETS = _matching(rf"https?://{_HOST}(?:/[A-Za-z0-9@._~-]+)*", "http[s]://host[:port][/path]")
 _ASSETS_URL = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.33.1"
 _NAME = r"[A-Za-z0-9_%.-]{1,251}"
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -355,8 +354,8 @@ class ProfileHandler(BaseHTTPRequestHandler):
         elif path == "/openapi.json":
             self.send(200, openapi(), JSON_TYPE)
         elif path == "/docs":
-            assets_url = self.server.settings.docs_assets_url
-            self.send(200, docs_page(assets_url), HTML_TYPE, None, docs_policy(assets_url))
+            page, policy = docs(self.server.settings.docs_assets_url)
+            self.send(200, page, HTML_TYPE, None, policy)
         elif path == "/metrics" and self.connection.internal:
             self.send(200, self.server.scrape(), "text/plain; version=0.0.4; charset=utf-8")
         else:
@@ -834,7 +833,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.event("debug", "pinned to a processor", processor=processor.pinned)
     gc.set_threshold(20_000)  # not for what a thousand clients keep in flight, as there is hardly any garbage
     server.serve_forever()
-    for call in (stop_tracing, server.store.database.close):  # either may block
+    provider = sys.modules["opentelemetry.trace"].get_tracer_provider() if server.tracer else None  # sends what waits
+    for call in filter(None, (getattr(provider, "shutdown", None), server.store.database.close)):  # either may block
         closing = threading.Thread(target=call, daemon=True)
         with contextlib.suppress(RuntimeError):  # no thread can be started
             closing.start()
@@ -2291,12 +2291,6 @@ def find_tracer(log: Log) -> Any:
     return None
 
 
-def stop_tracing() -> None:
-    """Send what is not sent yet."""
-    with contextlib.suppress(KeyError, AttributeError):  # nothing traces
-        sys.modules["opentelemetry.trace"].get_tracer_provider().shutdown()
-
-
 def record_spans(tracer: Any, handler: ProfileHandler, namespace: str) -> None:
     """Record an answered request as a server span, and its Couchbase operation as a child."""
     from opentelemetry import propagate, trace  # noqa: PLC0415  # there, as there is a tracer
@@ -2501,9 +2495,9 @@ def openapi() -> bytes:
 
 # The hashes are those of the npm package swagger-ui-dist, of the version in DOCS_ASSETS_URL's default:
 # `openssl dgst -sha384 -binary FILE | openssl base64 -A`.
-def docs_page(assets_url: str) -> bytes:
-    """Return a page that loads Swagger UI from `assets_url`; without it, the page still links to the document."""
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="referrer" content="no-referrer">
+def docs(assets_url: str) -> tuple[bytes, str]:
+    """Return a page that loads Swagger UI, or else still links to the document, and its policy's header field."""
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="referrer" content="no-referrer">
 <title>User profiles</title><link rel="icon" href="data:,">
 <link rel="stylesheet" href="{assets_url}/swagger-ui.css" crossorigin="anonymous"
  integrity="sha384-Ov4/wv3j2bmct8cDc5X4ngJZohVPzEmc6uDPH8WeljUxO5vtoykvMEfbu9Vh6RaW">
@@ -2512,18 +2506,14 @@ def docs_page(assets_url: str) -> bytes:
 <script src="{assets_url}/swagger-ui-bundle.js" crossorigin="anonymous"
  integrity="sha384-ZPehFMQommnnuaZ4rpxgkgTT2DKFVp4hZC/7pLit+9Lek9T1YGSo23eHFbvNkXkw"></script>
 <script>{_SCRIPT}</script></html>
-""".encode()
-
-
-def docs_policy(assets_url: str) -> str:
-    """Return the page's Content-Security-Policy, as a whole header field: only what Swagger UI can't do without."""
+"""
     own = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    return (
-        "Content-Security-Policy: default-src 'none'; "
-        # whole URLs: an origin that hosts every package would allow any other script of its
-        f"script-src {assets_url}/swagger-ui-bundle.js 'sha256-{own}'; style-src {assets_url}/swagger-ui.css; "
-        # the style sheet's icons, and the pictures that come as answers
-        "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
+    # Only what Swagger UI can't do without: whole URLs, as an origin that hosts every package would allow any other
+    # script of its; `data:` and `blob:` for the style sheet's icons, and for the pictures that come as answers.
+    return page.encode(), (
+        f"Content-Security-Policy: default-src 'none'; script-src {assets_url}/swagger-ui-bundle.js 'sha256-{own}'; "
+        f"style-src {assets_url}/swagger-ui.css; img-src data: blob:; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'\r\n"
     )
 
 
