@@ -97,8 +97,7 @@ def _matching(pattern: str, allowed: str) -> Check:
 
 
 def _integer(low: int, high: int) -> Check:
-    _, digits = _matching("[0-9]{1,9}", "")
-    return f"{low} to {high}", lambda text: low + range(low, high + 1).index(int(digits(text)))
+    return f"{low} to {high}", lambda text: low + range(low, high + 1).index(int(_matching("[0-9]{1,9}", "")[1](text)))
 
 
 def _choice(allowed: str) -> Check:
@@ -110,12 +109,12 @@ def _file(text: str) -> str:
         return text
 
 
-_HOST = r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]"
-_HOSTS = rf"(?:{_HOST})(?::[0-9]{{1,5}})?(?:,(?:{_HOST})(?::[0-9]{{1,5}})?)*"
+_HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+_HOSTS = rf"{_HOST}(?:,{_HOST})*"
 _CLUSTER_TEXT = "host[:port], several with commas, or couchbase[s]://..."
 _CLUSTER = _matching(rf"{_HOSTS}|couchbases?://{_HOSTS}/?(?:\?[!-~]*)?", _CLUSTER_TEXT)
 # It gets into a page and its policy: nothing that means something there.
-_ASSETS = _matching(rf"https?://(?:{_HOST})(?::[0-9]{{1,5}})?(?:/[A-Za-z0-9@._~-]+)*", "http[s]://host[:port][/path]")
+_ASSETS = _matching(rf"https?://{_HOST}(?:/[A-Za-z0-9@._~-]+)*", "http[s]://host[:port][/path]")
 _ASSETS_URL = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.33.1"
 _NAME = r"[A-Za-z0-9_%.-]{1,251}"
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -355,8 +354,8 @@ class ProfileHandler(BaseHTTPRequestHandler):
         elif path == "/openapi.json":
             self.send(200, openapi(), JSON_TYPE)
         elif path == "/docs":
-            assets_url = self.server.settings.docs_assets_url
-            self.send(200, docs_page(assets_url), HTML_TYPE, None, docs_policy(assets_url))
+            page, policy = docs(self.server.settings.docs_assets_url)
+            self.send(200, page, HTML_TYPE, None, policy)
         elif path == "/metrics" and self.connection.internal:
             self.send(200, self.server.scrape(), "text/plain; version=0.0.4; charset=utf-8")
         else:
@@ -379,7 +378,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             scheme, _, credentials = given.partition(" ")
             token = credentials.strip(" ") if scheme.lower() == "bearer" else token  # another is for a proxy, say
         if token is None or not tokens.accepts(token, self.started):
-            self.server.metrics.add("auth_failures_total")
+            self.server.metrics.numbers["auth_failures_total",] += 1
             raise ProblemError(401, "a valid bearer token is required", "WWW-Authenticate: Bearer\r\n")
 
     def stored(self, collection: str, parameter: str) -> Get:
@@ -407,7 +406,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
     def send_problem(self, problem: ProblemError) -> None:
         """Answer with a problem document."""
         if rejected := problem.rejected or ("" if self.path else _REJECTED.get(problem.status, "")):
-            self.server.metrics.add("http_rejected_total", rejected)
+            self.server.metrics.numbers["http_rejected_total", rejected] += 1
         self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, problem.headers)
 
     def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, headers: str = "") -> None:
@@ -747,15 +746,13 @@ class ProfileServer(ThreadingHTTPServer):
 
     def scrape(self) -> bytes:
         """Return the metrics."""
-        put = self.metrics.put
-        put(not self.unready_reasons(), "couchbase_ready")
+        numbers = self.metrics.numbers
+        numbers["couchbase_ready",] = not self.unready_reasons()
         for service, state in self.store.health.breaker_states().items():
-            put(Breaker.STATES.index(state), "couchbase_breaker_state", service)
-        put(self.clients, "http_connections")
-        put(sum(each.state == Connection.ANSWERING for each in self.connections), "http_requests_in_flight")
-        put(self.log.dropped, "log_lines_dropped_total")
-        for name, value in process_usage().items():
-            put(value, name)
+            numbers["couchbase_breaker_state", service] = Breaker.STATES.index(state)
+        numbers["http_connections",] = self.clients
+        numbers["http_requests_in_flight",] = sum(each.state == Connection.ANSWERING for each in self.connections)
+        numbers["log_lines_dropped_total",] = self.log.dropped
         return self.metrics.render()
 
 
@@ -784,7 +781,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(ValueError, OSError):  # the system allows less than it says
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     settings = replace(settings, max_connections=min(wanted, max(1, os.sysconf("SC_OPEN_MAX") - SPARE_DESCRIPTORS)))
-    processor = Processor.pin(settings)  # before the first thread, as those inherit it
+    processor = Processor(settings)  # before the first thread, as those inherit it
     try:
         log, metrics = Log(settings.log_level, access=settings.access_log), Metrics()
         server = ProfileServer(settings, ProfileStore(settings, log, metrics), log, metrics)
@@ -804,10 +801,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.event("warning", "Couchbase's certificate is not verified: COUCHBASE_TLS_VERIFY is false")
     if cluster.startswith("couchbase:"):
         log.event("warning", "the connection to Couchbase is not encrypted")
-    log.event("debug", "pinned to a processor", processor=processor and processor.pinned)
+    log.event("debug", "pinned to a processor", processor=processor.pinned)
     gc.set_threshold(20_000)  # not for what a thousand clients keep in flight, as there is hardly any garbage
     server.serve_forever()
-    for call in (stop_tracing, server.store.database.close):  # either may block
+    provider = sys.modules["opentelemetry.trace"].get_tracer_provider() if server.tracer else None  # sends what waits
+    for call in filter(None, (getattr(provider, "shutdown", None), server.store.database.close)):  # either may block
         closing = threading.Thread(target=call, daemon=True)
         with contextlib.suppress(RuntimeError):  # no thread can be started
             closing.start()
@@ -1970,10 +1968,9 @@ class Tokens:
     def accepts(self, given: str, now: float) -> bool:
         """Compare in constant time. A token that no header can carry (not latin-1) is simply wrong."""
         shown = given.encode("latin-1", "replace")
-        matches = self.current is not None and hmac.compare_digest(shown, self.current)
-        if self._previous and now < self._previous_until:
-            matches |= hmac.compare_digest(shown, self._previous)
-        return matches
+        if self._previous and now < self._previous_until and hmac.compare_digest(shown, self._previous):
+            return True
+        return self.current is not None and hmac.compare_digest(shown, self.current)
 
 
 class Pictures:
@@ -2003,10 +2000,8 @@ class Pictures:
 # The event loop makes the lines and never waits: a thread of the log's own writes them, whatever standard output is.
 
 
-@functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
-    """Return a second of the epoch as an IMF-fixdate (RFC 9110, 5.6.7); made once a second, as that takes long."""
-    return formatdate(second, usegmt=True)
+# A second of the epoch as an IMF-fixdate (RFC 9110, 5.6.7); made once a second, as that takes long.
+http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))
 
 
 @functools.lru_cache(maxsize=2)
@@ -2082,13 +2077,12 @@ class Log:
             if handler.operation is not operation:  # those of a batch share it
                 operation = handler.operation
                 spent = f', "couchbase_ms": {operation.seconds * 1000:.3f}' if operation else ""
-            traced = trace_id(handler.headers["traceparent"]) if "traceparent" in handler.headers else ""
-            if traced:
-                traced = f', "trace_id": "{traced}"'
+            traced = TRACEPARENT.fullmatch(handler.headers["traceparent"]) if "traceparent" in handler.headers else None
+            trace = f', "trace_id": "{traced[1]}"' if traced else ""
             lines.append(
                 f'{beginning}{handler.request_id}", "bytes": {len(handler.response)}, '
                 f'"duration_ms": {handler.seconds * 1000:.3f}, "client": "{handler.client}"'
-                f"{spent}{traced}{handler.cut_off}}}\n"
+                f"{spent}{trace}{handler.cut_off}}}\n"
             )
         data = "".join(lines).encode()
         if self._put_bytes - self._written_bytes + len(data) > self.bound_bytes:
@@ -2106,10 +2100,9 @@ class Log:
             data = left = b"".join(filter(None, chunks))
             with contextlib.suppress(OSError):
                 while left:
-                    try:
+                    select.select([], [self._descriptor], [], 1.0)  # somebody else may have made it non-blocking
+                    with contextlib.suppress(BlockingIOError):
                         left = left[os.write(self._descriptor, left) :]
-                    except BlockingIOError:  # somebody else has made it non-blocking
-                        select.select([], [self._descriptor], [], 1.0)
             self._written_bytes += len(data)
             if None in chunks:
                 return
@@ -2192,22 +2185,14 @@ class Metrics:
 
     def __init__(self) -> None:
         keys = [(key, family.kind) for family in FAMILIES for key in family.series()]
-        self._numbers: dict[tuple[object, ...], float] = {key: 0 for key, kind in keys if kind != "histogram"}
+        self.numbers: dict[tuple[object, ...], float] = {key: 0 for key, kind in keys if kind != "histogram"}
         self._histograms = {key: [0.0] * (len(BUCKETS) + 2) for key, kind in keys if kind == "histogram"}
         self.finished: list[Operation] = []  # counted with the answers, which must not wait for that
-        self._numbers |= {("build_info", __version__): 1, ("process_start_time_seconds",): time.time()}
-
-    def add(self, *key: object) -> None:
-        """Count one."""
-        self._numbers[key] += 1
-
-    def put(self, value: float, *key: object) -> None:
-        """Set a number."""
-        self._numbers[key] = value
+        self.numbers |= {("build_info", __version__): 1, ("process_start_time_seconds",): time.time()}
 
     def answers(self, handlers: Iterable[ProfileHandler]) -> None:
         """Count answers, and the operations that have finished."""
-        numbers, histograms = self._numbers, self._histograms
+        numbers, histograms = self.numbers, self._histograms
         finished, self.finished = self.finished, []
         for done in finished:
             numbers["couchbase_operations_total", done.name, done.outcome] += 1
@@ -2227,6 +2212,12 @@ class Metrics:
     def render(self) -> bytes:
         """Return all in Prometheus' text format, version 0.0.4."""
         self.answers(())  # operations that no answer has followed: the background check's
+        self.numbers["process_cpu_seconds_total",] = time.process_time()
+        self.numbers["process_max_fds",] = os.sysconf("SC_OPEN_MAX")
+        with contextlib.suppress(OSError):  # not Linux
+            with open("/proc/self/statm", encoding="ascii") as file:
+                self.numbers["process_resident_memory_bytes",] = int(file.read().split()[1]) * resource.getpagesize()
+            self.numbers["process_open_fds",] = len(os.listdir("/proc/self/fd"))
         lines, bounds = [], [f'le="{bound}"' for bound in (*BUCKETS, "+Inf")]
         for family in FAMILIES:
             lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
@@ -2240,31 +2231,17 @@ class Metrics:
                         for bound, count in zip(bounds, counts, strict=True):
                             lines.append(f"{family.name}_bucket{{{','.join([*labels, bound])}}} {count}")
                         lines += [f"{family.name}_sum{braces} {total}", f"{family.name}_count{braces} {counts[-1]}"]
-                elif self._numbers[key] or family.name != "http_requests_total":  # too many to name those at zero
-                    lines.append(f"{family.name}{braces} {self._numbers[key]:.17g}")
+                elif self.numbers[key] or family.name != "http_requests_total":  # too many to name those at zero
+                    lines.append(f"{family.name}{braces} {self.numbers[key]:.17g}")
         return "\n".join([*lines, ""]).encode()
-
-
-def process_usage() -> dict[str, float]:
-    """Return what this process uses, by the metrics' names; what the system does not tell is missing."""
-    usage = {"process_cpu_seconds_total": time.process_time(), "process_max_fds": os.sysconf("SC_OPEN_MAX")}
-    with contextlib.suppress(OSError):  # not Linux
-        with open("/proc/self/statm", encoding="ascii") as file:
-            usage["process_resident_memory_bytes"] = int(file.read().split()[1]) * resource.getpagesize()
-        usage["process_open_fds"] = len(os.listdir("/proc/self/fd"))
-    return usage
 
 
 # ── Traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # `opentelemetry-instrument` sets OpenTelemetry up by its own OTEL_… variables. Without it nothing is traced.
 # Names and attributes are of its semantic conventions; paths, keys and parameters, being personal data, are left out.
 
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
-
-
-def trace_id(traceparent: str) -> str:
-    """Return the trace id of a W3C traceparent, or nothing if it is none."""
-    return found[1] if (found := _TRACEPARENT.fullmatch(traceparent)) else ""
+# W3C's header field; the group is the trace id
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
 def find_tracer(log: Log) -> Any:
@@ -2276,12 +2253,6 @@ def find_tracer(log: Log) -> Any:
     if "opentelemetry.instrumentation" in sys.modules:  # the command that starts programs with a provider
         log.event("warning", "nothing is traced: check the OTEL_ variables and the packages that they name")
     return None
-
-
-def stop_tracing() -> None:
-    """Send what is not sent yet."""
-    with contextlib.suppress(KeyError, AttributeError):  # nothing traces
-        sys.modules["opentelemetry.trace"].get_tracer_provider().shutdown()
 
 
 def record_spans(tracer: Any, handler: ProfileHandler, namespace: str) -> None:
@@ -2302,8 +2273,7 @@ def record_spans(tracer: Any, handler: ProfileHandler, namespace: str) -> None:
         query = done.name == "query"
         attributes = {"db.system.name": "couchbase", "db.operation.name": done.name, "db.namespace": namespace}
         attributes["db.query.text" if query else "db.collection.name"] = done.target
-        if done.size > 1:
-            attributes["db.operation.batch.size"] = str(done.size)
+        attributes |= {"db.operation.batch.size": str(done.size)} if done.size > 1 else {}
         name, parent = done.name if query else f"{done.name} {done.target}", trace.set_span_in_context(span)
         child = tracer.start_span(name, parent, SpanKind.CLIENT, attributes, start_time=wall + int(done.started * 1e9))
         if done.outcome not in {"ok", "not_found"}:
@@ -2325,36 +2295,30 @@ def busy_seconds(stat: str) -> dict[int, float]:
     return {number: sum(ticks) / os.sysconf("SC_CLK_TCK") for number, *ticks in (map(int, row) for row in rows)}
 
 
-def calmer_processors(pinned: int, others: Mapping[int, float], margin: float = 0.25) -> list[int]:
-    """Return the processors that are calmer than the one pinned to, by the share of each that others use."""
-    return [processor for processor, share in others.items() if share <= others[pinned] - margin]
-
-
 class Processor:
     """Keeps all threads of this process pinned to one processor, and moves them when others crowd it."""
 
-    @classmethod
-    def pin(cls, settings: Settings) -> Processor | None:
-        """Pin the calling thread, and those that it will start, if the settings want it and the system lets it."""
-        with contextlib.suppress(AttributeError):  # not glibc; the SDK gets a large document by growing ever new blocks
-            for option in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h: from memory that it has
-                ctypes.CDLL(None).mallopt(option, 64 << 20)
-        with contextlib.suppress(OSError, AttributeError):
-            return cls() if settings.cpu_affinity == "auto" else None
-        return None
+    pinned: int | None = None  # None: the settings do not want it, or the system does not let it
 
-    def __init__(self) -> None:
-        self._allowed = sorted(os.sched_getaffinity(0))
-        self.pinned = random.choice(self._allowed)  # noqa: S311  # not a secret
+    def __init__(self, settings: Settings) -> None:
+        """Pin the calling thread, and those that it will start."""
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # glibc's, with the numbers of its malloc.h
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: the SDK gets a large document by growing blocks
+            mallopt(option, 64 << 20)
+        with contextlib.suppress(OSError, AttributeError):
+            if settings.cpu_affinity == "auto":
+                self._allowed = sorted(os.sched_getaffinity(0))
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # the woken interrupt nobody (sched(7))
+                os.sched_setaffinity(0, {random.choice(self._allowed)})  # noqa: S311  # not a secret
+                # Threads that never run at the same time need no heaps of their own, whose memory adds up.
+                mallopt(-8, 1)  # M_ARENA_MAX
+                [self.pinned] = os.sched_getaffinity(0)
         self._seen: tuple[float, float, dict[int, float]] = (0.0, 0.0, {})  # when `keep` looked last, and what it saw
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # woken threads do not interrupt others (sched(7))
-        os.sched_setaffinity(0, {self.pinned})
-        # Threads that never run at the same time need no heaps of their own (mallopt(3)), whose memory adds up.
-        with contextlib.suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX of malloc.h
 
     def keep(self) -> bool:
         """Move to a calmer processor if others crowd this one; tell whether it has. Called about once a second."""
+        if self.pinned is None:
+            return False
         with open("/proc/stat", encoding="ascii") as file:
             busy = busy_seconds(file.read())
         now, used = time.monotonic(), time.process_time()
@@ -2362,7 +2326,7 @@ class Processor:
         seconds = max(1.0, now - then)  # in less, as in a drain, no processor looks crowded
         others = {number: (busy[number] - busy_then.get(number, busy[number])) / seconds for number in self._allowed}
         others[self.pinned] -= (used - used_then) / seconds
-        calmer = calmer_processors(self.pinned, others)
+        calmer = [number for number, share in others.items() if share <= others[self.pinned] - 0.25]
         # by chance, as two processes that have met on one processor must not go on meeting
         if not calmer or random.getrandbits(1):
             return False
@@ -2424,15 +2388,6 @@ _FIELDS: dict[str, _JSON] = {  # of answers
     "WWW-Authenticate": {"example": "Bearer"}, "Allow": {"example": "GET, HEAD, OPTIONS"},
     "Retry-After": {"example": "1", "description": "in seconds"},
 }
-_ANSWERS = {  # all but the 200s: an example of the problem's detail, which a 304 has not
-    304: "", 400: f"limit must be one number from 1 to {MAX_LIMIT}", 401: "a valid bearer token is required",
-    404: "no such document", 412: "the document has another ETag",
-    405: "POST is not supported", 408: "the request did not arrive in time",
-    413: "a request has no body here", 417: "the only expectation that can be met is 100-continue", 504: _TOO_SLOW,
-    414: f"the target is longer than {MAX_TARGET_BYTES} bytes", 431: f"the head is longer than {MAX_HEAD_BYTES} bytes",
-    422: "the picture record has no usable image", 500: "unexpected failure", 503: "not ready",
-    501: "the only transfer coding is chunked", 505: "the only major version is HTTP/1",
-}
 _ANSWER_FIELDS = {304: "ETag X-Couchbase-Replica Content-Security-Policy", 401: "WWW-Authenticate", 405: "Allow",
                   503: "Retry-After"}
 _ANY_ROUTE = "400 408 413 414 417 431 500 501 503 505"
@@ -2452,8 +2407,7 @@ _ROUTES: tuple[tuple[str, str, str, str, str, str | _JSON], ...] = (
     ("operation", "healthz", "/healthz", "Liveness", "", {JSON_TYPE: {"example": {"status": "alive"}}}),
     ("operation", "readyz", "/readyz", "Readiness to serve profiles; 503 has the reasons why not", "",
      {JSON_TYPE: {"example": {"status": "ready", "breakers": {"key-value": "closed", "query": "closed"}}}}),
-    ("operation", "metrics", "/metrics", "Prometheus' text format, on the metrics port; 404 on the other", "404",
-     {"text/plain": {}}),
+    ("operation", "metrics", "/metrics", "Prometheus' text format, on the metrics port", "404", {"text/plain": {}}),
     ("operation", "openapi", "/openapi.json", "This document", "", {JSON_TYPE: {}}),
     ("operation", "docs", "/docs", "Swagger UI on this document", "Content-Security-Policy", {"text/html": {}}),
 )
@@ -2479,11 +2433,11 @@ def openapi() -> bytes:
         parts = {key: {"type": types[type(value)]} | _MEMBERS.get(key, {}) for key, value in example.items()}
         required = [key for key in example if key in _ALWAYS]
         components["schemas"][name] = {"type": "object", "required": required, "properties": parts}
-    for status, detail in sorted(_ANSWERS.items()):
-        fields = _refs("headers", _FIELDS, _ANSWER_FIELDS.get(status, ""))
-        components["responses"][str(status)] = answer = {"description": HTTPStatus(status).phrase, "headers": fields}
-        if detail:
-            example = json.loads(ProblemError(status, detail).document("3f9c2a-1d"))
+    for status in STATUSES[2:]:  # all but 200 and 204
+        phrase, fields = HTTPStatus(status).phrase, _refs("headers", _FIELDS, _ANSWER_FIELDS.get(status, ""))
+        components["responses"][str(status)] = answer = {"description": phrase, "headers": fields}
+        if status >= 400:  # noqa: PLR2004
+            example = json.loads(ProblemError(status, phrase).document("3f9c2a-1d"))
             answer["content"] = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
     paths = {}
     for tag, name, path, summary, names, content in _ROUTES:
@@ -2505,9 +2459,9 @@ def openapi() -> bytes:
 
 # The hashes are those of the npm package swagger-ui-dist, of the version in DOCS_ASSETS_URL's default:
 # `openssl dgst -sha384 -binary FILE | openssl base64 -A`.
-def docs_page(assets_url: str) -> bytes:
-    """Return a page that loads Swagger UI from `assets_url`; without it, the page still links to the document."""
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="referrer" content="no-referrer">
+def docs(assets_url: str) -> tuple[bytes, str]:
+    """Return a page that loads Swagger UI, or else still links to the document, and its policy's header field."""
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="referrer" content="no-referrer">
 <title>User profiles</title><link rel="icon" href="data:,">
 <link rel="stylesheet" href="{assets_url}/swagger-ui.css" crossorigin="anonymous"
  integrity="sha384-Ov4/wv3j2bmct8cDc5X4ngJZohVPzEmc6uDPH8WeljUxO5vtoykvMEfbu9Vh6RaW">
@@ -2516,18 +2470,14 @@ def docs_page(assets_url: str) -> bytes:
 <script src="{assets_url}/swagger-ui-bundle.js" crossorigin="anonymous"
  integrity="sha384-ZPehFMQommnnuaZ4rpxgkgTT2DKFVp4hZC/7pLit+9Lek9T1YGSo23eHFbvNkXkw"></script>
 <script>{_SCRIPT}</script></html>
-""".encode()
-
-
-def docs_policy(assets_url: str) -> str:
-    """Return the page's Content-Security-Policy, as a whole header field: only what Swagger UI can't do without."""
+"""
     own = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    return (
-        "Content-Security-Policy: default-src 'none'; "
-        # whole URLs: an origin that hosts every package would allow any other script of its
-        f"script-src {assets_url}/swagger-ui-bundle.js 'sha256-{own}'; style-src {assets_url}/swagger-ui.css; "
-        # the style sheet's icons, and the pictures that come as answers
-        "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
+    # Only what Swagger UI can't do without: whole URLs, as an origin that hosts every package would allow any other
+    # script of its; `data:` and `blob:` for the style sheet's icons, and for the pictures that come as answers.
+    return page.encode(), (
+        f"Content-Security-Policy: default-src 'none'; script-src {assets_url}/swagger-ui-bundle.js 'sha256-{own}'; "
+        f"style-src {assets_url}/swagger-ui.css; img-src data: blob:; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'\r\n"
     )
 
 

@@ -45,7 +45,7 @@ class Page(HTMLParser):
 
 
 def policy(assets_url: str) -> dict[str, str]:
-    name, _, value = service.docs_policy(assets_url).strip().partition(": ")
+    name, _, value = service.docs(assets_url)[1].strip().partition(": ")
     assert name == "Content-Security-Policy"
     pairs = [directive.partition(" ") for directive in value.split("; ")]
     assert len({name for name, _, _ in pairs}) == len(pairs)
@@ -58,7 +58,7 @@ def digest(algorithm: str, data: bytes) -> str:
 
 def test_the_files_are_those_that_were_published() -> None:
     """The hashes in the page are those of the files of the default's version, in a package made by others."""
-    page = Page(service.docs_page(DEFAULT))
+    page = Page(service.docs(DEFAULT)[0])
     assert set(page.loaded) == {f"{DEFAULT}/swagger-ui-bundle.js", f"{DEFAULT}/swagger-ui.css"}
     for url, given in page.loaded.items():
         assert given["crossorigin"] == "anonymous"
@@ -69,7 +69,7 @@ def test_the_files_are_those_that_were_published() -> None:
 
 
 def test_the_policy_allows_what_the_page_has_and_nothing_else() -> None:
-    page, allowed = Page(service.docs_page(ASSETS)), policy(ASSETS)
+    page, allowed = Page(service.docs(ASSETS)[0]), policy(ASSETS)
     [script] = page.inline
     sources = allowed["script-src"].split(" ")
     assert sources == [f"{ASSETS}/swagger-ui-bundle.js", f"'{digest('sha256', script.encode())}'"]
@@ -85,10 +85,8 @@ def test_the_page_as_served(database: EmulatorProcess) -> None:
     with ServiceProcess(settings_for(database), "--docs-assets-url", ASSETS) as own:
         answer = own.get("/docs")
     assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert answer.body == service.docs_page(ASSETS)
-    assert (
-        "Content-Security-Policy: " + answer.headers["content-security-policy"] == service.docs_policy(ASSETS).strip()
-    )
+    assert answer.body == service.docs(ASSETS)[0]
+    assert "Content-Security-Policy: " + answer.headers["content-security-policy"] == service.docs(ASSETS)[1].strip()
 
 
 REQUIRED = {"COUCHBASE_HOST": "db", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"}
