@@ -53,7 +53,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1974,25 +1974,22 @@ class Tokens:
 
 
 class Pictures:
-    """Decoded pictures, as to decode one takes as long as all else; kept with the record's CAS: none is out of date."""
+    """Decoded pictures, as to decode one takes as long as all else; kept by path and CAS: none is out of date."""
 
     bound_bytes = 16 << 20
     entry_bytes = 400  # about what keeping one takes beside the picture itself
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, tuple[int, int, tuple[str, bytes]]] = OrderedDict()  # last one used last
-        self._bytes = 0
+        self._bytes, self._kept = 0, OrderedDict[tuple[str, int], tuple[str, bytes]]()  # last one used last
 
     def decoded(self, path: str, record: Document) -> tuple[str, bytes]:
         """Return media type and picture of the record that was asked for by a path; 422 if there is none."""
-        cas, size, decoded = self._kept.get(path, (-1, 0, ("", b"")))
-        if cas != record.cas:
+        if not (decoded := self._kept.pop((path, record.cas), None)):
             decoded = decode_picture(record.value)
-            self._bytes += len(decoded[1]) + self.entry_bytes - size
-            self._kept[path] = record.cas, len(decoded[1]) + self.entry_bytes, decoded
-        self._kept.move_to_end(path)
+            self._bytes += len(decoded[1]) + self.entry_bytes
+        self._kept[path, record.cas] = decoded
         while self._bytes > self.bound_bytes:
-            self._bytes -= self._kept.popitem(last=False)[1][1]
+            self._bytes -= len(self._kept.popitem(last=False)[1][1]) + self.entry_bytes
         return decoded
 
 
@@ -2004,10 +2001,9 @@ class Pictures:
 http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))
 
 
-@functools.lru_cache(maxsize=2)
-def timestamp(second: int) -> str:
-    """Return a second of the epoch as RFC 3339 in UTC, up to its fraction."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+def timestamp() -> str:
+    """Return the time as RFC 3339 in UTC, to the millisecond."""
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 MAX_LINE_BYTES, CUT_OFF = 2048, ', "cut_off": true'
@@ -2043,9 +2039,8 @@ class Log:
         if level in self._levels and self._put_bytes - self._written_bytes > self.bound_bytes + self.event_bytes:
             self.dropped += 1
         elif level in self._levels:
-            now = time.time()
-            stamp = f"{timestamp(int(now))}.{int(now % 1 * 1000):03d}Z"
-            text = json.dumps(line := {"time": stamp, "level": level, "message": message, **details}, default=str)
+            line = {"time": timestamp(), "level": level, "message": message, **details}
+            text = json.dumps(line, default=str)
             if len(text) >= MAX_LINE_BYTES:
                 cut = {name: value[:200] if isinstance(value, str) else value for name, value in line.items()}
                 text = json.dumps(cut, default=str)[: MAX_LINE_BYTES - 1]
@@ -2060,8 +2055,7 @@ class Log:
 
     def requests(self, handlers: Sequence[ProfileHandler]) -> None:
         """Write a line for each answered request; every value is from a closed set, or its characters were checked."""
-        now, lines, operation, spent = time.time(), [], None, ""
-        stamp = f"{timestamp(int(now))}.{int(now % 1 * 1000):03d}Z"
+        stamp, lines, operation, spent = timestamp(), [], None, ""
         beginnings: dict[tuple[str, str, int], str] = {}
         for handler in handlers:
             key = (handler.route, handler.command, handler.status)
@@ -2094,9 +2088,7 @@ class Log:
     def _write_all(self) -> None:
         """Write what comes until None does, in the log's thread; a closed output stops nobody."""
         while True:
-            chunks = [self._lines.get()]
-            while self._lines.qsize():
-                chunks.append(self._lines.get())
+            chunks = [self._lines.get(), *(self._lines.get() for _ in range(self._lines.qsize()))]
             data = left = b"".join(filter(None, chunks))
             with contextlib.suppress(OSError):
                 while left:
@@ -2134,19 +2126,6 @@ def error_context(error: BaseException) -> dict[str, Any]:
 # Counted at the end of each turn of the event loop, rendered for `/metrics`.
 
 
-class Family(NamedTuple):
-    """One metric: its name, its kind, its labels, each of a closed set of values."""
-
-    name: str
-    help: str
-    kind: str = "gauge"
-    labels: tuple[tuple[str, tuple[object, ...]], ...] = ()
-
-    def series(self) -> list[tuple[object, ...]]:
-        """Return the key of each of its series: name and label values."""
-        return [(self.name, *values) for values in itertools.product(*(values for _, values in self.labels))]
-
-
 # fmt: off
 ROUTES = ("/api/v1/id/{id}", "/api/v1/nickname/{nickname}", "/api/v1/username/{username}", "/api/v1/picture/raw/{id}",
           "/api/v1/picture/record/{id}", "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "other")
@@ -2157,26 +2136,27 @@ OUTCOMES = ("ok", "not_found", "timeout", "unavailable", "error")
 REASONS = ("malformed", "too_large", "too_slow", "overloaded", "not_ready")
 # Seconds; the finest are those of a cache hit on the same machine, the last is the longest time-out allowed.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-FAMILIES = tuple(itertools.starmap(Family, (
-    ("http_requests_total", "Answered requests.", "counter",
-     (("route", ROUTES), ("method", METHODS), ("status", STATUSES))),
-    ("http_request_duration_seconds", "From a whole request to its answer.", "histogram", (("route", ROUTES),)),
-    ("http_queue_seconds", "From a whole request to the thread that takes it.", "histogram"),
-    ("http_requests_in_flight", "Requests that wait or are being answered."),
-    ("http_rejected_total", "Requests refused before they were worked on.", "counter", (("reason", REASONS),)),
-    ("couchbase_operations_total", "Finished operations.", "counter",
-     (("operation", OPERATIONS), ("outcome", OUTCOMES))),
-    ("couchbase_operation_duration_seconds", "Duration of operations.", "histogram", (("operation", OPERATIONS),)),
-    ("couchbase_breaker_state", "0 closed, 1 half-open, 2 open.", "gauge", (("service", ("key-value", "query")),)),
-    ("couchbase_ready", "Whether profiles can be served."),
-    ("auth_failures_total", "Requests without a valid token.", "counter"),
-    ("log_lines_dropped_total", "Log lines that nobody read in time.", "counter"),
-    ("process_cpu_seconds_total", "CPU time of the process.", "counter"),
-    ("process_resident_memory_bytes", "Resident memory of the process."),
-    ("process_open_fds", "Open file descriptors of the process."), ("http_connections", "Open client connections."),
-    ("process_max_fds", "Limit of open file descriptors."), ("process_start_time_seconds", "Start of the service."),
-    ("build_info", "The service's version.", "gauge", (("version", (__version__,)),)),
-)))
+# By name: kind, what it is, and its labels, each with its closed set of values.
+FAMILIES: dict[str, tuple[str, str, dict[str, tuple[object, ...]]]] = {
+    "http_requests_total": ("counter", "Answered requests.", {"route": ROUTES, "method": METHODS, "status": STATUSES}),
+    "http_request_duration_seconds": ("histogram", "From a whole request to its answer.", {"route": ROUTES}),
+    "http_queue_seconds": ("histogram", "From a whole request to the thread that takes it.", {}),
+    "http_requests_in_flight": ("gauge", "Requests that wait or are being answered.", {}),
+    "http_rejected_total": ("counter", "Requests refused before they were worked on.", {"reason": REASONS}),
+    "couchbase_operations_total": ("counter", "Finished operations.", {"operation": OPERATIONS, "outcome": OUTCOMES}),
+    "couchbase_operation_duration_seconds": ("histogram", "Duration of operations.", {"operation": OPERATIONS}),
+    "couchbase_breaker_state": ("gauge", "0 closed, 1 half-open, 2 open.", {"service": ("key-value", "query")}),
+    "couchbase_ready": ("gauge", "Whether profiles can be served.", {}),
+    "auth_failures_total": ("counter", "Requests without a valid token.", {}),
+    "log_lines_dropped_total": ("counter", "Log lines that nobody read in time.", {}),
+    "process_cpu_seconds_total": ("counter", "CPU time of the process.", {}),
+    "process_resident_memory_bytes": ("gauge", "Resident memory of the process.", {}),
+    "process_open_fds": ("gauge", "Open file descriptors of the process.", {}),
+    "http_connections": ("gauge", "Open client connections.", {}),
+    "process_max_fds": ("gauge", "Limit of open file descriptors.", {}),
+    "process_start_time_seconds": ("gauge", "Start of the service.", {}),
+    "build_info": ("gauge", "The service's version.", {"version": (__version__,)}),
+}
 # fmt: on
 
 
@@ -2184,9 +2164,13 @@ class Metrics:
     """The numbers of this process: counters and gauges by key, histograms as a list of buckets with the sum behind."""
 
     def __init__(self) -> None:
-        keys = [(key, family.kind) for family in FAMILIES for key in family.series()]
-        self.numbers: dict[tuple[object, ...], float] = {key: 0 for key, kind in keys if kind != "histogram"}
-        self._histograms = {key: [0.0] * (len(BUCKETS) + 2) for key, kind in keys if kind == "histogram"}
+        self.numbers, self._histograms = dict[tuple[object, ...], float](), dict[tuple[object, ...], list[float]]()
+        for name, (kind, _, labels) in FAMILIES.items():
+            for key in itertools.product([name], *labels.values()):
+                if kind == "histogram":
+                    self._histograms[key] = [0.0] * (len(BUCKETS) + 2)
+                else:
+                    self.numbers[key] = 0
         self.finished: list[Operation] = []  # counted with the answers, which must not wait for that
         self.numbers |= {("build_info", __version__): 1, ("process_start_time_seconds",): time.time()}
 
@@ -2219,20 +2203,20 @@ class Metrics:
                 self.numbers["process_resident_memory_bytes",] = int(file.read().split()[1]) * resource.getpagesize()
             self.numbers["process_open_fds",] = len(os.listdir("/proc/self/fd"))
         lines, bounds = [], [f'le="{bound}"' for bound in (*BUCKETS, "+Inf")]
-        for family in FAMILIES:
-            lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
-            for key in family.series():
-                labels = [f'{label}="{value}"' for (label, _), value in zip(family.labels, key[1:], strict=True)]
+        for name, (kind, meaning, values) in FAMILIES.items():
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            for key in itertools.product([name], *values.values()):
+                labels = [f'{label}="{value}"' for label, value in zip(values, key[1:], strict=True)]
                 braces = f"{{{','.join(labels)}}}" if labels else ""
-                if family.kind == "histogram":
+                if kind == "histogram":
                     *buckets, total = self._histograms[key]
                     counts = list(itertools.accumulate(map(int, buckets)))
                     if counts[-1] or not labels:
                         for bound, count in zip(bounds, counts, strict=True):
-                            lines.append(f"{family.name}_bucket{{{','.join([*labels, bound])}}} {count}")
-                        lines += [f"{family.name}_sum{braces} {total}", f"{family.name}_count{braces} {counts[-1]}"]
-                elif self.numbers[key] or family.name != "http_requests_total":  # too many to name those at zero
-                    lines.append(f"{family.name}{braces} {self.numbers[key]:.17g}")
+                            lines.append(f"{name}_bucket{{{','.join([*labels, bound])}}} {count}")
+                        lines += [f"{name}_sum{braces} {total}", f"{name}_count{braces} {counts[-1]}"]
+                elif self.numbers[key] or name != "http_requests_total":  # too many to name those at zero
+                    lines.append(f"{name}{braces} {self.numbers[key]:.17g}")
         return "\n".join([*lines, ""]).encode()
 
 

@@ -97,7 +97,7 @@ def test_names_and_units_are_prometheus_conventions(service: ServiceProcess) -> 
     """Counters end in _total, times are seconds, sizes bytes; every family has help and type; buckets only grow."""
     text = service.get("/metrics", port=service.metrics_port).body.decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
-    assert set(families) >= {row.name.removesuffix("_total") for row in micro_svc_demo.FAMILIES}
+    assert set(families) >= {name.removesuffix("_total") for name in micro_svc_demo.FAMILIES}
     for family in families.values():
         assert family.documentation
         assert family.type in {"counter", "gauge", "histogram"}

@@ -53,7 +53,7 @@ def test_the_two_commands_stand_on_one_line_each() -> None:
 def test_metrics_and_alerts_are_those_that_exist() -> None:
     section = README.partition("## Operating it")[2].partition("\n## ")[0]
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)(?:\{([a-z,]*)\})?`", section))
-    labelled = {(row.name, ",".join(label for label, _ in row.labels)) for row in service.FAMILIES}
+    labelled = {(name, ",".join(labels)) for name, (_, _, labels) in service.FAMILIES.items()}
     rendered = set(re.findall(r"^# TYPE (\S+)", service.Metrics().render().decode(), re.MULTILINE))
     assert {name for name, _ in named} == rendered
     assert labelled <= named
