@@ -2164,13 +2164,10 @@ class Metrics:
     """The numbers of this process: counters and gauges by key, histograms as a list of buckets with the sum behind."""
 
     def __init__(self) -> None:
-        self.numbers, self._histograms = dict[tuple[object, ...], float](), dict[tuple[object, ...], list[float]]()
-        for name, (kind, _, labels) in FAMILIES.items():
-            for key in itertools.product([name], *labels.values()):
-                if kind == "histogram":
-                    self._histograms[key] = [0.0] * (len(BUCKETS) + 2)
-                else:
-                    self.numbers[key] = 0
+        rows = FAMILIES.items()
+        keys = [(key, kind) for name, (kind, _, labels) in rows for key in itertools.product([name], *labels.values())]
+        self.numbers: dict[tuple[object, ...], float] = {key: 0 for key, kind in keys if kind != "histogram"}
+        self._histograms = {key: [0.0] * (len(BUCKETS) + 2) for key, kind in keys if kind == "histogram"}
         self.finished: list[Operation] = []  # counted with the answers, which must not wait for that
         self.numbers |= {("build_info", __version__): 1, ("process_start_time_seconds",): time.time()}
 
