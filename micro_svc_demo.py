@@ -53,7 +53,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1999,11 +1999,13 @@ class Pictures:
 
 # A second of the epoch as an IMF-fixdate (RFC 9110, 5.6.7); made once a second, as that takes long.
 http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))
+_to_the_second = functools.lru_cache(maxsize=2)(lambda second: time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
 
 
 def timestamp() -> str:
     """Return the time as RFC 3339 in UTC, to the millisecond."""
-    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    now = time.time()
+    return f"{_to_the_second(int(now))}.{int(now % 1 * 1000):03d}Z"
 
 
 MAX_LINE_BYTES, CUT_OFF = 2048, ', "cut_off": true'
