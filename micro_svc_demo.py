@@ -483,8 +483,7 @@ class Operation(NamedTuple):
     size: int = 1  # keys
 
 
-# What has come of an operation on documents, by key; the exceptions are the SDK's.
-Fetched: TypeAlias = tuple[Operation, dict[str, Document], dict[str, Exception]]
+Fetched: TypeAlias = tuple[Operation, dict[str, Document], dict[str, Exception]]  # by key; the SDK's exceptions
 
 
 class Failure(NamedTuple):
@@ -515,8 +514,7 @@ _NO_SCHEMA = Failure(_UNKNOWN, 500, _SCHEMA, PROVISION)
 _NO_INDEX = Failure((cb.QueryIndexNotFoundException,), 500, _SCHEMA, MISSING_INDEX)
 _NO_ACCESS = Failure((cb.AuthenticationException,), 503, _OUT_OF_REACH, _REFUSED, outage=True)
 _COME_AGAIN = Failure(_OUTAGES, 503, _OUT_OF_REACH, outage=True)
-# In this order: the first row that fits counts.
-FAILURES = (
+FAILURES = (  # the first row that fits counts
     Failure((cb.DocumentNotFoundException,), 404, "no such document"),
     Failure(_TIMEOUTS, 504, _TOO_SLOW, outage=True),
     _NO_ACCESS,
@@ -530,7 +528,6 @@ FAILURES = (
 # By the query service's code: indexes or data that are out of reach, and statements whose plan has changed meanwhile.
 _BY_CODE = dict.fromkeys((4080, 4090, 12008, 12009, 12015, 12020, *range(14000, 15000)), _COME_AGAIN)
 _BY_CODE |= {2120: _NO_ACCESS, 4000: _NO_INDEX, 12003: _NO_SCHEMA, 12021: _NO_SCHEMA}
-_RETRY = re.compile(r'"retry"\s*:\s*true')
 UNEXPECTED = Failure((), 500, "unexpected failure", "not foreseen: see the error")
 
 
@@ -543,7 +540,7 @@ def failure_of(error: BaseException) -> Failure:
     # What the SDK has no class of its own for. A retry's reason explains only why there was no other answer.
     outdated = timed_out and "key_value_collection_outdated" in (context.get("retry_reasons") or ())
     scanning = unauthorized and "sequential scans" in str(context.get("first_error_message"))
-    again = not timed_out and _RETRY.search(str(context.get("http_body")).rpartition('"errors"')[2])
+    again = not timed_out and re.search(r'"retry"\s*:\s*true', str(context.get("http_body")).rpartition('"errors"')[2])
     torn = isinstance(error, cb.ParsingFailedException) and not code  # an answer that is no JSON, or not all of it
     rows = (outdated, _NO_SCHEMA), (scanning, _NO_INDEX), (unauthorized, _NO_ACCESS), (again or torn, _COME_AGAIN)
     row = _BY_CODE.get(code) or next((row for fits, row in rows if fits), None)
@@ -580,11 +577,9 @@ class ProfileStore:
         health, replica = self.health, done.name == "get_any_replica"
         outages = [key for key, error in errors.items() if failure_of(error).outage]
         if documents or len(outages) < len(errors):
-            breaker, ended = health.breaker, done.started + done.seconds
-            if replica:
-                breaker, health.replica_fetched_at = health.replica_breaker, ended
-            else:
-                health.answered_at = health.fetched_at = ended
+            breaker = health.replica_breaker if replica else health.breaker
+            breaker.fetched_at = done.started + done.seconds
+            health.answered_at = max(health.answered_at, health.breaker.fetched_at)
             breaker.succeeded(done.started)
         for key in outages:
             health.failed(key, done)
@@ -1420,16 +1415,10 @@ class Batch:
 
 
 class Loader:
-    """Has documents and rows fetched by threads; what waits for one is bounded, and waits for a bounded time.
+    """Has documents and rows fetched by threads; what waits for one is bounded, and waits for a bounded time."""
 
-    What comes while all threads are busy makes the next batch larger. While key-value is degraded each document is
-    fetched by itself, so that none waits for another's failure. Queries have threads of their own (a bulkhead). Large
-    documents are bounded by the bytes that are fetched and not sent yet: a pod has 256 MiB.
-    """
-
-    # The least that still serves 256 clients of a database 5 ms away (the grid in tests/load/results).
-    threads, batch_size, single_threads = 3, 64, 64
-    most_bytes = 24 << 20  # of large documents at once
+    threads, batch_size, single_threads = 3, 64, 64  # the least for 256 clients, 5 ms away (tests/load/results)
+    most_bytes = 24 << 20  # of large documents that are fetched and not sent yet: a pod has 256 MiB
     sending_seconds = 2.5  # for which an answer counts of which the client takes nothing: it must not stop others
     stall_seconds = 0.25  # with all threads busy and none back, something may be wrong
     slack_seconds = 0.02  # a request that has waited for longer has so much less time for Couchbase
@@ -1437,17 +1426,15 @@ class Loader:
     look_seconds, grace_seconds = 0.025, 0.03  # after its time-out a query that the SDK still holds is given up
 
     def __init__(self, store: ProfileStore, query_threads: int, log: Log) -> None:
-        self.store, self._log = store, log
-        self.adhoc_until = 0.0  # until then, in monotonic seconds, statements go unprepared
+        self.store, self._log, self._watching = store, log, False
+        self._dispatched_at = self.adhoc_until = 0.0  # monotonic seconds; until the latter, statements go unprepared
         self.waiting: dict[str, dict[str, list[Get]]] = {}  # by collection and key, in the order of asking
         self.sizes = {USERS: 0, IMAGES: 6 << 20}  # of a collection's documents lately: a mean; at first a guess
         self.fetching_bytes, self.writing = 0, set[Connection]()  # of large documents; who has an answer half sent
-        # documents while degraded, those that may take long apart: they get half of the threads
-        self.waiting_singles, self.waiting_slow = deque[Get](), deque[Get]()
+        self.waiting_singles, self.waiting_slow = deque[Get](), deque[Get]()  # degraded; slow: half of the threads
         self.waiting_queries, self.running = deque[Query](), set[Query]()
-        self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)
-        self._singles = Pool(self.single_threads, log, permanent=False)
-        self._watching, self._dispatched_at = False, 0.0
+        self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)  # apart: a bulkhead
+        self._singles = Pool(self.single_threads, log, permanent=False)  # while degraded, for one document each
 
     def load(self, awaited: Awaited) -> None:
         """Have a document or rows fetched, unless too many queries wait."""
@@ -1487,8 +1474,8 @@ class Loader:
         taken, rest, size = self.waiting.pop(collection), dict[str, list[Get]](), self.sizes[collection]
         if size * self.batch_size * self.threads > self.most_bytes:
             now, everyone, taken = time.monotonic(), [get for gets in taken.values() for get in gets], {}
-            counted, late = now - self.sending_seconds, now - self.store.database.timeout_seconds
-            sending = [each for each in self.writing if each.deadline - each.write_seconds > counted]
+            late = now - self.store.database.timeout_seconds
+            sending = [each for each in self.writing if each.deadline - each.write_seconds > now - self.sending_seconds]
             held = self.fetching_bytes + sum(each.transport.get_write_buffer_size() for each in sending)
             room = min(most, max((self.most_bytes - held) // size, not held))
             for number, get in enumerate(everyone):
@@ -1497,8 +1484,7 @@ class Loader:
                 chosen = taken if get.bytes or get.handler.started < late else rest  # `_run` refuses the late ones
                 chosen.setdefault(get.key, []).append(get)
         elif len(taken) > most:
-            keys = iter(taken.items())
-            taken, rest = dict(itertools.islice(keys, most)), dict(keys)
+            rest = {key: taken.pop(key) for key in list(taken)[most:]}
         self.waiting |= {collection: rest} if rest else {}
         return taken
 
@@ -1516,7 +1502,7 @@ class Loader:
             pool.run(Batch(waiting))
 
     def dispatch(self) -> None:
-        """Give what waits to threads, as far as they are free; collections take turns."""
+        """Give what waits to threads, as far as they are free (else batches grow); collections take turns."""
         now, degraded, slow = time.monotonic(), self.store.health.degraded, self.store.health.slow
         if self.waiting and degraded and slow is not None:
             for get in [get for name in list(self.waiting) for gets in self._take(name).values() for get in gets]:
@@ -1558,10 +1544,9 @@ def is_object(value: bytes) -> bool:
     """Tell whether a stored value is a JSON object; what is between its only pair of braces is not looked at."""
     if value.rfind(b"{") == 0 and value.find(b"}") == len(value) - 1:
         return True
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return isinstance(json.loads(value.decode()), dict)
-    except (ValueError, RecursionError):
-        return False
+    return False
 
 
 class Database:
@@ -1630,33 +1615,31 @@ class Database:
         """Open the cluster and the bucket, within about 20 s; FatalError for wrong credentials or no such bucket."""
         settings = self._settings
         user, bucket, doubt = settings.couchbase_user, settings.couchbase_bucket, check_certificates(settings)
+        doubtful = _TIMEOUTS if doubt else ()
         try:
             cluster = open_cluster(settings)
         except cb.InvalidArgumentException as error:
             raise FatalError(f"the SDK refuses COUCHBASE_HOST or its options: {describe(error)}") from error
         except cb.AuthenticationException as error:
             raise FatalError(f"Couchbase refuses user {user!r}: check {settings.credentials}") from error
-        except _TIMEOUTS as error:
-            if doubt:
-                raise FatalError(doubt) from error
-            raise
+        except doubtful as error:
+            raise FatalError(doubt) from error
         try:
             self._scope = cluster.bucket(bucket).scope(settings.couchbase_scope)
         except cb.CouchbaseException as error:
-            roles = ", or the user has no role for it: check COUCHBASE_BUCKET, COUCHBASE_PASSWORD and the user's roles"
-            missing = roles if isinstance(error, cb.BucketNotFoundException) else ""  # at once: the server refuses it
+            answer = error
             try:  # on the wire a bucket that is missing may look like one that is slow
                 with contextlib.closing(cluster):
                     cluster.buckets().get_bucket(bucket)
-            except cb.BucketDoesNotExistException:
-                missing = f": create it, or correct COUCHBASE_BUCKET (then {PROVISION})"
-            except cb.AuthenticationException:
-                missing = roles
-            except cb.CouchbaseException:
-                pass  # not allowed to ask, or nobody there: the first failure stands
-            if missing:
-                raise FatalError(f"bucket {bucket!r} does not exist{missing}") from error
-            raise
+            except cb.CouchbaseException as failure:
+                answer = failure
+            missing = f"bucket {bucket!r} does not exist"
+            if isinstance(answer, cb.BucketDoesNotExistException):
+                raise FatalError(f"{missing}: create it, or correct COUCHBASE_BUCKET (then {PROVISION})") from error
+            if isinstance(answer, cb.AuthenticationException) or isinstance(error, cb.BucketNotFoundException):
+                roles = "check COUCHBASE_BUCKET, COUCHBASE_PASSWORD and the user's roles"
+                raise FatalError(f"{missing}, or the user has no role for it: {roles}") from error
+            raise  # it is not allowed to ask, or nobody is there
         self._collections = {name: self._scope.collection(name) for name in (USERS, IMAGES, AUTH)}
         self._cluster, self.connected = cluster, True
 
@@ -1749,6 +1732,7 @@ class Breaker:
         self._changed, self._jitter = changed, jitter
         self.state, self._since, self.failures = self.CLOSED, 0.0, 0  # since when, in monotonic s; in a row
         self._pause_seconds, self._probe_at = self.first_seconds, 0.0
+        self.fetched_at = 0.0  # when a document was last got from the service
 
     def allow(self, now: float) -> bool:
         """Tell whether a call may be made at `now` (monotonic seconds); if so, its outcome must be told."""
@@ -1815,14 +1799,10 @@ class Health:
         )
         self.check_due = asyncio.Event()  # set to have the next check at once
         self.degraded = False  # key-value has failed lately: no document waits for another's failure
-        # vBuckets that are not answered soon while others are (None: not known yet); of those, the ones that are not
-        # within a request's time-out either. Slow is not down: it only keeps others from waiting for it.
-        self.slow: set[int] | None = None
-        self.down: set[int] = set()
-        self._watcher: asyncio.Task[None]  # while degraded
+        self.slow: set[int] | None = None  # vBuckets that are not answered soon while others are; None: not known yet
+        self.down = set[int]()  # of those, the ones that are not within a request's time-out either: slow is not down
         self._calm_at = self._token_read_at = 0.0  # when `degraded` may end; all of these in monotonic seconds
-        self.answered_at = self.fetched_at = self.replica_fetched_at = 0.0  # anything; a document; one of a replica
-        self._unanswered_at = -1.0  # when the last check began that was not answered
+        self.answered_at, self._unanswered_at = 0.0, -1.0  # anything; when the last check began that was not
         self._missing = "not connected yet"  # or what else there has to be before a token can be read
 
     def _tell(self, service: str, state: str) -> None:
@@ -1831,15 +1811,13 @@ class Health:
 
     def failed(self, key: str, done: Operation) -> None:
         """Take note of a key-value failure that speaks of the service."""
-        ended = done.started + done.seconds
-        if done.name == "get_any_replica":
-            breaker, quiet_until = self.replica_breaker, self.replica_fetched_at + 5.0
-        else:
+        ended, breaker, quiet_seconds = done.started + done.seconds, self.replica_breaker, 5.0
+        if done.name != "get_any_replica":
             self.degrade(self.degraded_seconds)
             slow = self.slow and vbucket(key) in self.slow
-            breaker, quiet_until = self.breaker, math.inf if slow else self.fetched_at + 0.25
+            breaker, quiet_seconds = self.breaker, math.inf if slow else 0.25
         # closed, it counts only while no other document is fetched: else one node of several fails, or replicas lack it
-        if ended > quiet_until or breaker.state != Breaker.CLOSED:
+        if ended > breaker.fetched_at + quiet_seconds or breaker.state != Breaker.CLOSED:
             breaker.failed(done.started, ended)
 
     def degrade(self, seconds: float) -> None:
@@ -1851,9 +1829,25 @@ class Health:
             self.check_due.set()
 
     async def _watch_vbuckets(self) -> None:
+        """Find out which vBuckets are slow, and which of them are down; of an open breaker this may be the probe."""
+        probe, quick, patient = self._database.probe, self._database.probe_seconds, self._database.timeout_seconds
         while self.degraded:
+            started, closed = time.monotonic(), self.breaker.state == Breaker.CLOSED
             with contextlib.suppress(Exception):  # then none is known to be slow
-                await self._look_at_vbuckets()
+                if self.breaker.may_be_checked(started) or self.breaker.allow(started):
+                    asked = {*range(VBUCKETS)} if closed else {random.randrange(VBUCKETS)}  # noqa: S311  # no secret
+                    missing = asked - await self._call(probe, asked, quick)
+                    if len(missing) < len(asked):
+                        self.answered_at = max(self.answered_at, started)
+                        self.breaker.succeeded(started)
+                    elif closed:  # slow or down as a whole: the time-outs of requests will tell
+                        self.degrade(1.0)
+                    else:
+                        self.breaker.failed(started, time.monotonic())
+                    if closed and len(missing) < VBUCKETS:
+                        self.slow, self.down = missing, self.down & missing
+                        if fresh := missing - self.down:
+                            self.down |= fresh - await self._call(probe, fresh, patient)
             self.slow = self.slow or set()
             await asyncio.sleep(self.look_seconds)
             self.degraded = bool(self.slow) or self.breaker.state != Breaker.CLOSED or time.monotonic() < self._calm_at
@@ -1880,12 +1874,13 @@ class Health:
         """Connect where that is still to be done, and read the token; FatalError for what waiting cannot cure."""
         if not self._database.connected:
             await self._call(self._database.connect)
-        started, outcome, answered = time.monotonic(), "ok", True
+        started, outcome = time.monotonic(), "ok"
         try:
             token = await self._call(self._database.fetch_token)
         except Exception as error:
             failure, scope = failure_of(error), self._database.scope_name
-            outcome, answered = failure.outcome, not failure.outage
+            outcome = failure.outcome
+            self.answered_at = self.answered_at if failure.outage else time.monotonic()
             advice = f"{failure.detail} (scope {scope!r}): {failure.advice}"
             self._missing = advice if failure.advice else "not connected yet"
             if isinstance(error, NoTokenError):
@@ -1894,9 +1889,7 @@ class Health:
         finally:
             ended = time.monotonic()
             self._metrics.finished.append(Operation("lookup_in", AUTH, started, ended - started, outcome))
-            if answered:
-                self.answered_at = ended
-        self._token_read_at = ended
+        self.answered_at = self._token_read_at = ended
         if self._tokens.adopt(token, ended):
             self._log.event("info", "token adopted")
 
@@ -1926,24 +1919,6 @@ class Health:
         # a wrong password looks like a time-out, as the SDK tries again and again
         if await self._call(self._database.renew_password):
             self._log.event("info", "password read again from its file")
-
-    async def _look_at_vbuckets(self) -> None:
-        """Find out which vBuckets are slow, and which of them are down; of an open breaker this may be the probe."""
-        started, closed = time.monotonic(), self.breaker.state == Breaker.CLOSED
-        if self.breaker.may_be_checked(started) or self.breaker.allow(started):
-            asked = set(range(VBUCKETS)) if closed else {random.randrange(VBUCKETS)}  # noqa: S311  # not a secret
-            missing = asked - await self._call(self._database.probe, asked, self._database.probe_seconds)
-            if len(missing) < len(asked):
-                self.answered_at = max(self.answered_at, started)
-                self.breaker.succeeded(started)
-            elif closed:  # slow or down as a whole: the time-outs of requests will tell
-                self._calm_at = max(self._calm_at, time.monotonic() + 1.0)
-            else:
-                self.breaker.failed(started, time.monotonic())
-            if closed and len(missing) < VBUCKETS:
-                self.slow, self.down = missing, self.down & missing
-                if fresh := missing - self.down:
-                    self.down |= fresh - await self._call(self._database.probe, fresh, self._database.timeout_seconds)
 
 
 # ── Tokens and decoded pictures ───────────────────────────────────────────────────────────────────────────────────────
