@@ -1637,9 +1637,9 @@ class Database:
             if isinstance(answer, cb.BucketDoesNotExistException):
                 raise FatalError(f"{missing}: create it, or correct COUCHBASE_BUCKET (then {PROVISION})") from error
             if isinstance(answer, cb.AuthenticationException) or isinstance(error, cb.BucketNotFoundException):
-                roles = "check COUCHBASE_BUCKET, COUCHBASE_PASSWORD and the user's roles"
+                roles = "check COUCHBASE_BUCKET, COUCHBASE_PASSWORD and the user's roles"  # the server refuses at once
                 raise FatalError(f"{missing}, or the user has no role for it: {roles}") from error
-            raise  # it is not allowed to ask, or nobody is there
+            raise  # it was not allowed to ask, or nobody was there: the first failure stands
         self._collections = {name: self._scope.collection(name) for name in (USERS, IMAGES, AUTH)}
         self._cluster, self.connected = cluster, True
 
@@ -1729,10 +1729,9 @@ class Breaker:
 
     def __init__(self, changed: Callable[[str], None], jitter: Callable[..., float] = random.uniform) -> None:
         """Make a closed one; `changed` hears of each new state, `jitter(low, high)` keeps replicas out of step."""
-        self._changed, self._jitter = changed, jitter
+        self._changed, self._jitter, self._pause_seconds = changed, jitter, self.first_seconds
         self.state, self._since, self.failures = self.CLOSED, 0.0, 0  # since when, in monotonic s; in a row
-        self._pause_seconds, self._probe_at = self.first_seconds, 0.0
-        self.fetched_at = 0.0  # when a document was last got from the service
+        self._probe_at = self.fetched_at = 0.0  # the latter: when a document was last got from the service
 
     def allow(self, now: float) -> bool:
         """Tell whether a call may be made at `now` (monotonic seconds); if so, its outcome must be told."""
@@ -1879,8 +1878,7 @@ class Health:
             token = await self._call(self._database.fetch_token)
         except Exception as error:
             failure, scope = failure_of(error), self._database.scope_name
-            outcome = failure.outcome
-            self.answered_at = self.answered_at if failure.outage else time.monotonic()
+            outcome, self.answered_at = failure.outcome, self.answered_at if failure.outage else time.monotonic()
             advice = f"{failure.detail} (scope {scope!r}): {failure.advice}"
             self._missing = advice if failure.advice else "not connected yet"
             if isinstance(error, NoTokenError):
