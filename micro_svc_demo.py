@@ -117,8 +117,7 @@ _CLUSTER = _matching(rf"{_HOSTS}|couchbases?://{_HOSTS}/?(?:\?[!-~]*)?", _CLUSTE
 _ASSETS = _matching(rf"https?://{_HOST}(?:/[A-Za-z0-9@._~-]+)*", "http[s]://host[:port][/path]")
 _ASSETS_URL = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.33.1"
 _NAME = r"[A-Za-z0-9_%.-]{1,251}"
-_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_SWITCH = "true or false", lambda text: _BOOLEANS[text.lower()]
+_SWITCH = "true or false", lambda text: ("false", "true", "0", "1", "no", "yes").index(text.lower()) % 2 == 1
 _PORT_OR_OFF = "0 to 65535, or off", lambda text: None if text.lower() == "off" else _integer(0, 65535)[1](text)
 _PROXIES = (
     "addresses or networks, with commas",
@@ -181,18 +180,18 @@ class _Parser(argparse.ArgumentParser):
 
 def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Read flags, else variables, else defaults; raises SettingsError for a bad one, SystemExit after `--help`."""
+    about = (__doc__ or "").partition("\n")[0]
     epilog = "Flags win over the environment. COUCHBASE_PASSWORD comes from the environment or a file only."
-    parser = _Parser(description=(__doc__ or "").partition("\n")[0], epilog=epilog, allow_abbrev=False)
+    parser = _Parser(description=about, epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     for row in [row for row in ROWS if row["flag"]]:
         default = "required" if row["default"] is REQUIRED else f"default {row['default'] or 'none'}"
         summary = f"{row['env']}: {row['meaning']} ({row['allowed']}; {default})"
         parser.add_argument(row["flag"], dest=row["name"], metavar="X", help=summary.replace("%", "%%"))
-    values = vars(parser.parse_args(argv))
+    # an empty flag is a mistake; an empty variable is how YAML and shells say "not set"
+    values = {row["name"]: environ.get(row["env"]) or row["default"] for row in ROWS} | vars(parser.parse_args(argv))
     for row in ROWS:
-        text = values.get(row["name"])
-        if text is None:  # an empty flag is a mistake; an empty variable is how YAML and shells say "not set"
-            text = environ.get(row["env"]) or row["default"]
+        text = values[row["name"]]
         where = f"{row['env']} ({row['flag']})" if row["flag"] else row["env"]
         if text is REQUIRED:
             raise SettingsError(f"{where} is missing; allowed: {row['allowed']}")
@@ -222,12 +221,10 @@ def _with_password(settings: Settings) -> Settings:
 # ── Problems ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Whatever refuses a request or fails raises one; `ProfileHandler.resume` answers it.
 class ProblemError(Exception):
-    """Raised anywhere while a request is answered, and answered in one place as a problem document (RFC 9457).
+    """Raised anywhere while a request is answered, and answered in one place as a problem document (RFC 9457)."""
 
-    `detail` and `members` are for the caller: never a secret, never another's data. `headers` are whole lines;
-    `rejected` says, of a request refused before it was worked on, why (one of REASONS), for the metrics.
-    """
-
+    # `detail` and `members` are for the caller: never a secret, never another's data. `headers` are whole lines;
+    # `rejected` says, of a request refused before it was worked on, why (one of REASONS), for the metrics.
     def __init__(self, status: int, detail: str, headers: str = "", rejected: str = "", **members: object) -> None:
         super().__init__(detail)
         self.status, self.detail, self.headers, self.rejected, self.members = status, detail, headers, rejected, members
@@ -392,8 +389,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
 
     async def send_matches(self, statement: str, route: str, parameter: str) -> None:
         """Answer with one page of the profiles that match, and a link to the next while more remain; 404 if none."""
-        value = decode_segment(parameter)
-        limit, offset = parse_page(self.query)
+        value, (limit, offset) = decode_segment(parameter), parse_page(self.query)
         # one row more than asked for tells whether more remain
         rows = await self.server.store.query(statement, {"value": value, "limit": limit + 1, "offset": offset})
         if not rows:
@@ -410,10 +406,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, problem.headers)
 
     def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, headers: str = "") -> None:
-        """Put the whole answer together; a 304 or 412 by `cas`, of which the ETag is made (RFC 9110, 13.2.2).
-
-        `headers` are further fields as they are sent, each with its line end.
-        """
+        """Put the whole answer together; a 304 or 412 by `cas`, of which the ETag is made (RFC 9110, 13.2.2)."""
         server, given, framer = self.server, self.headers, self.connection.framer
         if cas is not None:
             tag = f'"{cas:x}"'
@@ -424,17 +417,15 @@ class ProfileHandler(BaseHTTPRequestHandler):
                 status, body, content_type = 304, b"", ""
         # of a 204 there is nothing to describe, and of a 304 the caller has it (RFC 9110, 8.6 and 15.4.5)
         typed = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n" if content_type else ""
-        if framer.refused or (server.draining and not framer.partial):
-            self.close_connection = True
+        self.close_connection |= framer.refused or (server.draining and not framer.partial)
         kept = "Connection: close\r\n" if self.close_connection else server.kept[self.request_version]
-        if self.command == "HEAD" or (not self.command and framer.refused_head):
-            body = b""
+        bodiless = self.command == "HEAD" or (not self.command and framer.refused_head)
         cached = "no-store" if status >= 400 else _CACHED.get(self.route, "private, no-cache")  # noqa: PLR2004
         head = (  # at once, which takes half the time of one field after the other
             f"{_STATUS_LINES[status]}Date: {server.date}\r\nX-Request-ID: {self.request_id}\r\n"
             f"X-Content-Type-Options: nosniff\r\n{typed}Cache-Control: {cached}\r\n{kept}{headers}\r\n"
         )
-        self.status, self.response = status, head.encode("latin-1") + body
+        self.status, self.response = status, head.encode("latin-1") + (b"" if bodiless else body)
         self.seconds = time.monotonic() - self.started
 
 
@@ -600,7 +591,7 @@ class ProfileStore:
 # ── The server ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # `main` makes the one there is; connections and handlers find the store, the log and the metrics by it.
 class ProfileServer(ThreadingHTTPServer):
-    """One event loop serves all clients; threads are the store's pools'. The base classes bind, and name the hooks."""
+    """One event loop serves all clients; threads are the store's pools'. The base classes name the hooks."""
 
     request_queue_size = 1024
 
@@ -622,19 +613,14 @@ class ProfileServer(ThreadingHTTPServer):
         self.failure = ""  # what waiting cannot cure
         self.answered: list[ProfileHandler] = []  # in this turn, sent or cut off: still to be counted and logged
         self._stopping = asyncio.Event()
-        self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        self.metrics_socket = None if settings.metrics_port is None else self._listen(settings.metrics_port)
-        super().__init__(("", settings.port), ProfileHandler)
-
-    def server_bind(self) -> None:
-        """Bind without the base class's reverse name look-up, which may hang for seconds."""
+        family = socket.AF_INET6 if (both := socket.has_dualstack_ipv6()) else socket.AF_INET
+        listen = functools.partial(socket.create_server, family=family, dualstack_ipv6=both)
+        self.metrics_socket = None if settings.metrics_port is None else listen(("", settings.metrics_port))
+        # the base class's own binding has a reverse name look-up, which may hang for seconds
+        super().__init__(("", settings.port), ProfileHandler, bind_and_activate=False)
         self.socket.close()
-        self.socket = self._listen(self.settings.port)
+        self.socket = listen(self.server_address)
         self.server_address = self.socket.getsockname()
-
-    def _listen(self, port: int) -> socket.socket:
-        family, both = self.address_family, self.address_family == socket.AF_INET6
-        return socket.create_server(("", port), family=family, backlog=self.request_queue_size, dualstack_ipv6=both)
 
     def serve_forever(self, poll_interval: float = 1.0) -> None:
         """Serve until drained (`shutdown`, or one of STOP_SIGNALS); look at deadlines every `poll_interval` seconds."""
@@ -845,9 +831,8 @@ class Head(NamedTuple):
 
 def is_authority(text: str) -> bool:
     """Tell whether it is a host, a name or an address, with or without a port (RFC 3986, 3.2.2 and 3.2.3)."""
-    found = _AUTHORITY.fullmatch(text)
     with contextlib.suppress(ValueError):
-        return found is not None and (not found[1] or bool(ipaddress.IPv6Address(found[1])))
+        return bool((found := _AUTHORITY.fullmatch(text)) and (not found[1] or ipaddress.IPv6Address(found[1])))
     return False
 
 
@@ -879,8 +864,7 @@ def parse_head(raw: bytes) -> Head:
         raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
     if len(pairs) > MAX_FIELDS or len(raw) > MAX_HEAD_BYTES:
         raise ProblemError(431, f"the head has more than {MAX_FIELDS} fields or {MAX_HEAD_BYTES} bytes")
-    host = fields.get("host")
-    if (host is None and version == "HTTP/1.1") or (host and not is_authority(host)):
+    if ("host" not in fields and version == "HTTP/1.1") or (fields.get("host") and not is_authority(fields["host"])):
         raise ProblemError(400, "missing or malformed Host")
     # the asterisk and the authority form belong to one method each
     if target[0] != "/" and (method, target) != ("OPTIONS", "*") and not (method == "CONNECT" and is_authority(target)):
@@ -920,7 +904,7 @@ class Framer:
     @property
     def partial(self) -> bool:
         """Whether there is more than has been returned; an empty line before the next request begins nothing yet."""
-        return len(self.inbox) > 0 and not b"\r\n".startswith(self.inbox)
+        return not b"\r\n".startswith(self.inbox)
 
     def take_whole(self, data: bytes) -> Head | None:
         """Return the head if the data is one whole request without a body and nothing else: the common case."""
@@ -943,7 +927,7 @@ class Framer:
         return head
 
     def feed(self, data: bytes, room: int = 1 << 30) -> list[Head | ProblemError]:
-        """Take what was received, if anything; return at most `room` whole heads, last what is wrong behind them."""
+        """Take what was received; return up to `room` whole heads, then what is wrong; however cut, always the same."""
         if room and (whole := self.take_whole(data)):
             return [whole]
         found: list[Head | ProblemError] = []
@@ -953,7 +937,16 @@ class Framer:
             while len(found) < room and not self.refused:
                 end = self.inbox.find(_END_OF_HEAD, max(0, self._scanned - 3)) + len(_END_OF_HEAD)
                 if not len(_END_OF_HEAD) <= end <= MAX_HEAD_BYTES:
-                    self._check_beginning()
+                    end = min(len(self.inbox), MAX_HEAD_BYTES + 1)
+                    if not _BEGINNING.match(self.inbox):
+                        raise ProblemError(400, "malformed request line")
+                    if _BARE_LINE_END.search(self.inbox, max(0, self._scanned - 1), end):
+                        raise ProblemError(400, "a line ends with a bare CR or LF")
+                    if end > MAX_HEAD_BYTES and self.inbox.find(b"\r\n", 2, end) < 0:
+                        raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
+                    if end > MAX_HEAD_BYTES:
+                        raise ProblemError(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
+                    self._scanned = end
                     break
                 head = parse_head(bytes(self.inbox[:end]))
                 if announces_body(head):
@@ -970,19 +963,6 @@ class Framer:
         """Forget what is buffered and take no more."""
         self.refused_head |= self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
         self.refused, self.inbox = True, bytearray()
-
-    def _check_beginning(self) -> None:
-        """Refuse what can never become a valid head; the same bytes get the same answer however they were cut."""
-        end = min(len(self.inbox), MAX_HEAD_BYTES + 1)
-        if not _BEGINNING.match(self.inbox):
-            raise ProblemError(400, "malformed request line")
-        if _BARE_LINE_END.search(self.inbox, max(0, self._scanned - 1), end):
-            raise ProblemError(400, "a line ends with a bare CR or LF")
-        self._scanned = end
-        if end > MAX_HEAD_BYTES and self.inbox.find(b"\r\n", 2, end) < 0:
-            raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
-        if end > MAX_HEAD_BYTES:
-            raise ProblemError(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
 
 
 # ── Connections ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1068,12 +1048,8 @@ class Connection(asyncio.Protocol):
         server.clients += not self.internal
         if server.clients > (most := server.settings.max_connections) and not self.internal:
             self.state, self.deadline = self.EXCESS, 0.0
-            self.ended = server.clients > most + SPARE_DESCRIPTORS // 8  # the others take no descriptor for longer
-            if self.ended:
-                self._turn_away()
-
-    def _turn_away(self) -> None:
-        self._answer(unavailable("too many connections", rejected="overloaded"))
+            if server.clients > most + SPARE_DESCRIPTORS // 8:  # the others take no descriptor for longer
+                self.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client; what the store still brings for it is thrown away."""
@@ -1094,7 +1070,7 @@ class Connection(asyncio.Protocol):
         else:
             self.framer.feed(data, 0)
             if self.state == self.EXCESS:
-                self._turn_away()
+                self.expire()
             if len(self.framer.inbox) > self.buffered_bytes:
                 self.transport.pause_reading()
 
@@ -1102,7 +1078,7 @@ class Connection(asyncio.Protocol):
         """Take note of the client's end; return whether it may still get answers (half-closed)."""
         self.ended = True
         if self.state == self.EXCESS:
-            self._turn_away()
+            self.expire()
         if self.state == self.READING and self.framer.partial:
             self._answer(ProblemError(400, "the request ended before it was whole"))
         return self.state in {self.ANSWERING, self.WRITING}
@@ -1123,11 +1099,11 @@ class Connection(asyncio.Protocol):
             self.handler = None
 
     def expire(self) -> None:
-        """End a state that has lasted too long."""
+        """End a state that has lasted long enough."""
         if self.state == self.READING and self.framer.partial:
             self._answer(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
         elif self.state == self.EXCESS:
-            self._turn_away()
+            self._answer(unavailable("too many connections", rejected="overloaded"))
         else:
             self.abort()
 
@@ -1160,38 +1136,34 @@ class Connection(asyncio.Protocol):
 
     def reply(self, handler: ProfileHandler) -> None:
         """Send an answer."""
+        self.handler, self.last = handler, handler.close_connection
         if self.state == self.CLOSED:
-            handler.response, handler.cut_off = b"", CUT_OFF
-            self.server.answered.append(handler)
+            self._written(len(handler.response))
             return
-        self.last = handler.close_connection
         self.transport.write(handler.response)
         if self.state == self.WRITING:
-            self.handler = handler
             return
-        self.server.answered.append(handler)
-        if not (handler.close_connection or self.framer.inbox or self.ended):
-            self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
-        else:
+        if self.last or self.framer.inbox or self.ended:
             self.resume_writing()
+        else:
+            self.handler = None
+            self.server.answered.append(handler)
+            self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
 
     def resume_writing(self) -> None:
         """Go on after an answer: with the next request, or close in two steps (RFC 9112, 9.6)."""
         self._written(0)
-        if self.last:
+        if self.ended and (self.last or not self.framer.partial):
+            self.transport.close()
+        elif self.last:
             self.state, self.deadline = self.LINGERING, time.monotonic() + self.linger_seconds
             self.end_at = time.monotonic() + self.write_seconds
-            if self.ended or not self.transport.can_write_eof():
-                self.transport.close()
-            else:
-                with contextlib.suppress(OSError):  # the client has gone
-                    self.transport.write_eof()
-                self.transport.resume_reading()
+            with contextlib.suppress(OSError):  # the client has gone
+                self.transport.write_eof()
+            self.transport.resume_reading()
         elif self.framer.partial:  # not at once, as each of a thousand pipelined requests would be a call deeper
             self.state, self.deadline = self.ANSWERING, math.inf
             asyncio.get_running_loop().call_soon(self._next)
-        elif self.ended:
-            self.transport.close()
         else:
             self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
 
