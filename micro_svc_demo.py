@@ -78,8 +78,7 @@ __version__ = "1.0.0"
 
 REQUIRED = object()
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
-# What a value has to be: for people, and as a function that raises an exception for any other.
-Check: TypeAlias = tuple[str, Callable[[str], Any]]
+Check: TypeAlias = tuple[str, Callable[[str], Any]]  # what a value has to be, and what raises for any other
 
 
 class SettingsError(Exception):
@@ -119,10 +118,8 @@ _ASSETS_URL = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.33.1"
 _NAME = r"[A-Za-z0-9_%.-]{1,251}"
 _SWITCH = "true or false", lambda text: ("false", "true", "0", "1", "no", "yes").index(text.lower()) % 2 == 1
 _PORT_OR_OFF = "0 to 65535, or off", lambda text: None if text.lower() == "off" else _integer(0, 65535)[1](text)
-_PROXIES = (
-    "addresses or networks, with commas",
-    lambda text: tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip()),
-)
+_NETWORK, _NETWORKS = ipaddress.ip_network, re.compile(r"[^,\s](?:[^,]*[^,\s])?")
+_PROXIES = "addresses or networks, with commas", lambda text: tuple(map(_NETWORK, _NETWORKS.findall(text)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -738,7 +735,7 @@ class ProfileServer(ThreadingHTTPServer):
 
 
 # ── Main: from the command line to the last answer ────────────────────────────────────────────────────────────────────
-
+# Started by the last line of the file, or by a program that has set up tracing.
 SPARE_DESCRIPTORS = 64  # for all but the clients: Couchbase, probes, clients that are refused
 EXIT_SECONDS = 0.5  # for which the end waits for the collector of traces, the SDK, and the log
 
@@ -1498,8 +1495,7 @@ class Loader:
 
 
 # ── Couchbase: what other threads do ──────────────────────────────────────────────────────────────────────────────────
-
-
+# The pools' threads, and the two of `Health`, make these calls; nothing here knows of requests or of the event loop.
 class _RowBytes(Serializer):  # type: ignore[misc]  # the SDK's class is untyped
     """Passes query rows through as the bytes they came in; the SDK serializes nothing by it."""
 
@@ -1892,8 +1888,7 @@ class Health:
 
 
 # ── Tokens and decoded pictures ───────────────────────────────────────────────────────────────────────────────────────
-
-
+# What the handler asks on its way: whether a caller may, and for the bytes of a picture.
 class Tokens:
     """The bearer token that callers must show, and the one before it for one more period."""
 
@@ -1940,8 +1935,6 @@ class Pictures:
 
 # ── Log ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The event loop makes the lines and never waits: a thread of the log's own writes them, whatever standard output is.
-
-
 # A second of the epoch as an IMF-fixdate (RFC 9110, 5.6.7); made once a second, as that takes long.
 http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))
 _to_the_second = functools.lru_cache(maxsize=2)(lambda second: time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
@@ -2071,8 +2064,6 @@ def error_context(error: BaseException) -> dict[str, Any]:
 
 # ── Metrics ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Counted at the end of each turn of the event loop, rendered for `/metrics`.
-
-
 # fmt: off
 ROUTES = ("/api/v1/id/{id}", "/api/v1/nickname/{nickname}", "/api/v1/username/{username}", "/api/v1/picture/raw/{id}",
           "/api/v1/picture/record/{id}", "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "other")
@@ -2102,8 +2093,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, tuple[object, ...]]]] = {
     "http_connections": ("gauge", "Open client connections.", {}),
     "process_max_fds": ("gauge", "Limit of open file descriptors.", {}),
     "process_start_time_seconds": ("gauge", "Start of the service.", {}),
-    "build_info": ("gauge", "The service's version.", {"version": (__version__,)}),
-}
+    "build_info": ("gauge", "The service's version.", {"version": (__version__,)})}
 # fmt: on
 
 
@@ -2214,8 +2204,6 @@ def record_spans(tracer: Any, handler: ProfileHandler, namespace: str) -> None:
 # ── Processor ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Python runs one thread at a time, and the SDK's own in turns with it: where each hand-over wakes up another processor
 # it costs more than the work that is handed over ("other affinity" in tests/load/results).
-
-
 def busy_seconds(stat: str) -> dict[int, float]:
     """Return for how long each processor has been busy since the machine started, by /proc/stat (proc_stat(5))."""
     # of user, nice, system, idle, iowait, irq, softirq and steal all but the two in the middle
@@ -2287,16 +2275,14 @@ _EXAMPLES: dict[str, _JSON] = {
         "phone": "+1-285-555-0143", "date_of_birth": "1959-12-01"},
     "PictureRecord": {"record_id": 1, "type": "png", "image":
         "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="},
-    "Problem": json.loads(unavailable("not ready", reasons=["draining"]).document("3f9c2a-1d")),
-}
+    "Problem": json.loads(unavailable("not ready", reasons=["draining"]).document("3f9c2a-1d"))}
 _ALWAYS = ("record_id", "title", "status", "detail", "request_id")  # members that no object lacks
 _MEMBERS: dict[str, _JSON] = {  # what their types do not say
     "picture": {"description": "the id of a picture"}, "date_of_birth": {"format": "date"},
     "type": {"description": f"media type or what follows its `image/`; usable if it matches `{_PICTURE_TYPE.pattern}`"},
     "image": {"contentEncoding": "base64", "description":
         "also with white space, without padding, with the letters that are safe in URLs, or as a `data:` URL"},
-    "reasons": {"description": "why it is not ready", "items": {"type": "string"}},
-}
+    "reasons": {"description": "why it is not ready", "items": {"type": "string"}}}
 _PATH = {"in": "path", "required": True, "schema": {"type": "string", "pattern": r"^[^\x00-\x1f\x7f]+$"}}
 _PARAMETERS: dict[str, _JSON] = {
     "id": _PATH | {"description": f"up to {MAX_KEY_BYTES} bytes, collection and colon included", "example": "1"},
@@ -2306,16 +2292,14 @@ _PARAMETERS: dict[str, _JSON] = {
     "offset": {"in": "query", "schema": dict(type="integer", minimum=0, maximum=MAX_OFFSET, default=0)},
     # no example: Swagger UI would send it with every request that it tries out
     "If-Match": {"in": "header", "description": "the ETag that it must have, or *", "schema": {"type": "string"}},
-    "If-None-Match": {"in": "header", "description": "the ETag that the caller has", "schema": {"type": "string"}},
-}
+    "If-None-Match": {"in": "header", "description": "the ETag that the caller has", "schema": {"type": "string"}}}
 _FIELDS: dict[str, _JSON] = {  # of answers
     "ETag": {"example": '"18a5c91f20b30000"', "description": "changes whenever the document does"},
     "Link": {"example": '</api/v1/nickname/doc?limit=2&offset=2>; rel="next"', "description": "the next page, if any"},
     "X-Couchbase-Replica": {"example": "true", "description": "from a replica, which may lag; missing otherwise"},
     "Content-Security-Policy": {"example": "default-src 'none'; sandbox", "description": "what it may do as a page"},
     "WWW-Authenticate": {"example": "Bearer"}, "Allow": {"example": "GET, HEAD, OPTIONS"},
-    "Retry-After": {"example": "1", "description": "in seconds"},
-}
+    "Retry-After": {"example": "1", "description": "in seconds"}}
 _ANSWER_FIELDS = {304: "ETag X-Couchbase-Replica Content-Security-Policy", 401: "WWW-Authenticate", 405: "Allow",
                   503: "Retry-After"}
 _ANY_ROUTE = "400 408 413 414 417 431 500 501 503 505"
@@ -2337,8 +2321,7 @@ _ROUTES: tuple[tuple[str, str, str, str, str, str | _JSON], ...] = (
      {JSON_TYPE: {"example": {"status": "ready", "breakers": {"key-value": "closed", "query": "closed"}}}}),
     ("operation", "metrics", "/metrics", "Prometheus' text format, on the metrics port", "404", {"text/plain": {}}),
     ("operation", "openapi", "/openapi.json", "This document", "", {JSON_TYPE: {}}),
-    ("operation", "docs", "/docs", "Swagger UI on this document", "Content-Security-Policy", {"text/html": {}}),
-)
+    ("operation", "docs", "/docs", "Swagger UI on this document", "Content-Security-Policy", {"text/html": {}}))
 _SECURITY = {"bearer": {"type": "http", "scheme": "bearer"}, "token": {
     "type": "apiKey", "in": "header", "name": "x-access-token", "description": "not beside `Authorization: Bearer`"}}
 # Without `validatorUrl: null` a validator on the internet would be told the document's URL.
