@@ -1440,7 +1440,8 @@ class Loader:
 
     def _take(self, collection: str, most: int = 1 << 30) -> dict[str, list[Get]]:
         """Take out who waits for a collection's documents, by key: so many keys at most, and so many bytes."""
-        taken, rest, size = self.waiting.pop(collection), dict[str, list[Get]](), self.sizes[collection]
+        taken, size = self.waiting.pop(collection), self.sizes[collection]
+        rest: dict[str, list[Get]] = {}
         if size * self.batch_size * self.threads > self.most_bytes:
             now, everyone, taken = time.monotonic(), [get for gets in taken.values() for get in gets], {}
             late = now - self.store.database.timeout_seconds
@@ -1536,22 +1537,23 @@ class Database:
         name = "get_any_replica" if replica else "get" if len(keys) == 1 else "get_multi"
         many, seconds = name == "get_multi", self.probe_seconds if replica else seconds
         options = {"timeout": timedelta(seconds=seconds)} if seconds else {}
-        documents, results, errors = dict[str, Document](), dict[str, Any](), dict[str, Exception]()
+        documents: dict[str, Document] = {}
+        errors: dict[str, Exception] = {}
         started, ask = time.monotonic(), getattr(self._collections[collection], name)
         try:
             answer = ask(keys if many else keys[0], **options)
             results = answer.results if many else {keys[0]: answer}
             errors = answer.exceptions if many and not answer.all_ok else {}
         except Exception as error:
-            errors = dict.fromkeys(keys, error)
+            results, errors = {}, dict.fromkeys(keys, error)
         for key, result in results.items():
             if is_object(value := result.value):  # half the time of Document's own
                 documents[key] = tuple.__new__(Document, (value, result.cas, replica and result.is_replica))
             else:
                 errors[key] = cb.ValueFormatException("no JSON object")
         # of many documents a part may well be missing
-        outcomes = {failure_of(error).outcome for error in errors.values()} - ({"not_found"} if many else set())
-        outcome, size = min(outcomes, default="ok"), len(documents) + len(errors)
+        outcomes = {failure_of(error).outcome for error in errors.values()} if errors else {"ok"}
+        outcome, size = min(outcomes - {"not_found"} if many else outcomes, default="ok"), len(documents) + len(errors)
         return Operation(name, collection, started, time.monotonic() - started, outcome, size), documents, errors
 
     def run_query(self, statement: str, parameters: dict[str, object], seconds: float, *, adhoc: bool) -> list[bytes]:
