@@ -1387,7 +1387,7 @@ class Loader:
     """Has documents and rows fetched by threads; what waits for one is bounded, and waits for a bounded time."""
 
     threads, batch_size, single_threads = 3, 64, 64  # the least for 256 clients, 5 ms away (tests/load/results)
-    most_bytes = 24 << 20  # of large documents that are fetched and not sent yet: a pod has 256 MiB
+    most_bytes = 16 << 20  # of large documents that are fetched and not sent yet: a pod has 256 MiB
     sending_seconds = 2.5  # for which an answer counts of which the client takes nothing: it must not stop others
     stall_seconds = 0.25  # with all threads busy and none back, something may be wrong
     slack_seconds = 0.02  # a request that has waited for longer has so much less time for Couchbase
