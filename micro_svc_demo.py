@@ -64,7 +64,7 @@ from couchbase import exceptions as cb
 from couchbase import options as cbo
 from couchbase.auth import PasswordAuthenticator
 from couchbase.cluster import Cluster
-from couchbase.n1ql import QueryScanConsistency
+from couchbase.n1ql import QueryScanConsistency as Consistency
 from couchbase.serializer import Serializer
 from couchbase.subdocument import get as path_get
 from couchbase.transcoder import RawJSONTranscoder
@@ -558,17 +558,19 @@ class ProfileStore:
         self.health.query_breaker.admit(time.monotonic())
         return Query(self.loader, statement, parameters)
 
-    def judge(self, fetched: Fetched) -> dict[str, Document | ProblemError]:
+    def judge(self, fetched: Fetched) -> Mapping[str, Document | ProblemError]:
         """Judge what an operation on documents has brought: for Couchbase's health, and for each caller by key."""
         done, documents, errors = fetched
         self.metrics.finished.append(done)
         health, replica = self.health, done.name == "get_any_replica"
-        outages = [key for key, error in errors.items() if failure_of(error).outage]
+        outages = [key for key, error in errors.items() if failure_of(error).outage] if errors else []
         if documents or len(outages) < len(errors):
             breaker = health.replica_breaker if replica else health.breaker
             breaker.fetched_at = done.started + done.seconds
             health.answered_at = max(health.answered_at, health.breaker.fetched_at)
             breaker.succeeded(done.started)
+        if not errors:
+            return documents
         for key in outages:
             health.failed(key, done)
         # of a replica also what is not there: the node that would know is down
@@ -1030,9 +1032,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: ProfileServer, *, internal: bool = False) -> None:  # internal: by the metrics port
         self.server, self.internal, self.framer = server, internal, Framer()
         self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
-        self.ended = False  # the client has sent its last byte
         self.handler: ProfileHandler | None = None  # whose answer the client still takes
-        self.unsent = 0  # bytes of it, when that was looked at last
+        self.ended, self.unsent = False, 0  # the client has sent its last byte; bytes of the answer, at the last look
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the client in, unless there are too many."""
@@ -1306,9 +1307,10 @@ class Awaited:
 class Get(Awaited):
     """A document."""
 
+    bytes = 0  # of its answer, as far as that counts for the loader's bound
+
     def __init__(self, loader: Loader, collection: str, key: str, replica: bool) -> None:
         self.loader, self.collection, self.key, self.replica = loader, collection, key, replica
-        self.bytes = 0  # of its answer, as far as that counts for the loader's bound
 
 
 class Query(Awaited):
@@ -1362,8 +1364,8 @@ class Batch:
 
     def finish(self, outcome: Any) -> None:
         """Answer whoever waits; all answers are made before the first is sent: that wakes receivers up less often."""
-        loader, store, answered = self._first.loader, self._first.loader.store, []
-        operation, found = None, dict[str, Document | ProblemError]()
+        loader, store, answered, operation = self._first.loader, self._first.loader.store, [], None
+        found: Mapping[str, Document | ProblemError] = {}
         if isinstance(outcome, tuple):
             operation, documents, _ = outcome
             found = store.judge(outcome)
@@ -1455,7 +1457,8 @@ class Loader:
                 chosen.setdefault(get.key, []).append(get)
         elif len(taken) > most:
             rest = {key: taken.pop(key) for key in list(taken)[most:]}
-        self.waiting |= {collection: rest} if rest else {}
+        if rest:
+            self.waiting[collection] = rest
         return taken
 
     def _run(self, pool: Pool, waiting: dict[str, list[Get]], now: float) -> None:
@@ -1529,8 +1532,7 @@ class Database:
         self._collections: dict[str, Any] = {}
         self.timeout_seconds = settings.couchbase_timeout_ms / 1000
         self.query_timeout_seconds = settings.couchbase_query_timeout_ms / 1000
-        consistency = QueryScanConsistency.NOT_BOUNDED
-        self._query_options = {"read_only": True, "scan_consistency": consistency, "serializer": _RowBytes()}
+        self._query_options = dict(read_only=True, scan_consistency=Consistency.NOT_BOUNDED, serializer=_RowBytes())
 
     def fetch(self, collection: str, keys: list[str], seconds: float = 0.0, *, replica: bool = False) -> Fetched:
         """Get documents by one hand-over to the SDK (0 `seconds` spare a time-out's cost), or one's replica."""
@@ -1546,8 +1548,8 @@ class Database:
             errors = answer.exceptions if many and not answer.all_ok else {}
         except Exception as error:
             results, errors = {}, dict.fromkeys(keys, error)
-        for key, result in results.items():
-            if is_object(value := result.value):  # half the time of Document's own
+        for key, result in results.items():  # `tuple.__new__` takes half the time of Document's own
+            if is_object(value := result.value):
                 documents[key] = tuple.__new__(Document, (value, result.cas, replica and result.is_replica))
             else:
                 errors[key] = cb.ValueFormatException("no JSON object")

@@ -42,16 +42,10 @@ STATEMENTS = (
     Statement("by_key", AUTH, Privilege.SELECT, "SELECT RAW t.token FROM service_auth AS t USE KEYS <text>"),
     Statement("by_key", IMAGES, Privilege.SELECT, "SELECT RAW i FROM user_images AS i USE KEYS <text>"),
     # sample data, and what the service advises where an index is missing
-    Statement("create", USERS, Privilege.INDEX, "CREATE INDEX <index> IF NOT EXISTS ON user_data(<member>)"),
-    Statement("create", USERS, Privilege.INDEX, "CREATE INDEX <index> ON user_data(<member>)"),
-    Statement(
-        "create", USERS, Privilege.INDEX, 'CREATE INDEX <index> ON user_data(<member>) WITH {"defer_build": true}'
-    ),
-    Statement(
-        "create",
-        USERS,
-        Privilege.INDEX,
-        'CREATE INDEX <index> IF NOT EXISTS ON user_data(<member>) WITH {"defer_build": true}',
+    *(
+        Statement("create", USERS, Privilege.INDEX, f"CREATE INDEX <index>{condition} ON user_data(<member>){options}")
+        for condition in (" IF NOT EXISTS", "")
+        for options in ("", ' WITH {"defer_build": true}')
     ),
     Statement("build", USERS, Privilege.INDEX, "BUILD INDEX ON user_data(<index>)"),
     Statement("drop", USERS, Privilege.INDEX, "DROP INDEX <index> ON user_data"),
