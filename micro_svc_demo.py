@@ -53,7 +53,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -369,6 +369,8 @@ class ProfileHandler(BaseHTTPRequestHandler):
             raise unavailable("not ready yet", rejected="not_ready")
         token, given = self.headers.get("x-access-token"), self.headers.get("authorization")
         if given is not None:
+            if hmac.compare_digest(given.encode("latin-1", "replace"), tokens.usual):
+                return
             scheme, _, credentials = given.partition(" ")
             token = credentials.strip(" ") if scheme.lower() == "bearer" else token  # another is for a proxy, say
         if token is None or not tokens.accepts(token, self.started):
@@ -568,7 +570,8 @@ class ProfileStore:
             breaker = health.replica_breaker if replica else health.breaker
             breaker.fetched_at = done.started + done.seconds
             health.answered_at = max(health.answered_at, health.breaker.fetched_at)
-            breaker.succeeded(done.started)
+            if breaker.failures:
+                breaker.succeeded(done.started)
         if not errors:
             return documents
         for key in outages:
@@ -606,10 +609,9 @@ class ProfileServer(ThreadingHTTPServer):
         self.connections: set[Connection] = set()
         self.idle_seconds, timeout = settings.idle_seconds, f"Keep-Alive: timeout={settings.idle_seconds}\r\n"
         self.kept = {"HTTP/1.1": timeout, "HTTP/1.0": f"Connection: keep-alive\r\n{timeout}"}  # fields, by version
-        self.clients = 0  # connections but for those of the metrics port
         self.draining = self._is_ready = False
         self.date = http_date(int(time.time()))  # kept by `EndOfTurn`
-        self.failure = ""  # what waiting cannot cure
+        self.clients, self.failure = 0, ""  # connections but those of the metrics port; what waiting cannot cure
         self.answered: list[ProfileHandler] = []  # in this turn, sent or cut off: still to be counted and logged
         self._stopping = asyncio.Event()
         family = socket.AF_INET6 if (both := socket.has_dualstack_ipv6()) else socket.AF_INET
@@ -810,6 +812,7 @@ _CODINGS = re.compile(rf"(?:(?!chunked[ \t,]){_NAME_TEXT}[ \t]*,[ \t]*)*{_NAME_T
 # What a head may be made of between its line ends, and what must be left of it without that.
 _TEXT = bytes(byte for byte in range(256) if byte == ord("\t") or (byte >= ord(" ") and byte != 0x7F))  # noqa: PLR2004
 _LINE_ENDS = b"\r\n" * MAX_HEAD_BYTES
+_TARGET = bytes(byte for byte in range(ord("!"), 0x7F) if byte != ord("#"))  # what a target may be made of
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?", re.ASCII)
 _ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?]+)(.*)")
@@ -891,14 +894,13 @@ def announces_body(head: Head) -> bool:
 class Framer:
     """Cuts a client's bytes into whole request heads. What follows a malformed head, or one with a body, is dropped."""
 
-    __slots__ = ("_fields", "_parsed", "_scanned", "inbox", "refused", "refused_head")
+    __slots__ = ("_parsed", "_rest", "_scanned", "inbox", "refused", "refused_head")
 
     def __init__(self) -> None:
         self.inbox, self.refused = bytearray(), False  # what is not returned yet; whether nothing more is taken
         self.refused_head = False  # whether what was refused is a HEAD, as far as it can be told
         self._scanned = 0  # how much of the inbox is known to hold no end of head
-        self._fields = b""  # as they came with the last request of the common kind
-        self._parsed: dict[str, str] = {}  # the same
+        self._rest, self._parsed = b"", dict[str, str]()  # what came behind the last common target, and its fields
 
     @property
     def partial(self) -> bool:
@@ -909,12 +911,12 @@ class Framer:
         """Return the head if the data is one whole request without a body and nothing else: the common case."""
         if self.inbox or self.refused or not data.endswith(_END_OF_HEAD) or len(data) > MAX_TARGET_BYTES:
             return None
+        # most clients send the same after each target: parsed once
+        if self._rest and data.startswith(b"GET /") and data.endswith(self._rest):
+            target = data[4 : -len(self._rest)]
+            if not target.translate(None, _TARGET):
+                return tuple.__new__(Head, ("GET", target.decode("ascii"), "HTTP/1.1", self._parsed))
         line, _, fields = data.partition(b"\r\n")
-        # most clients send the same fields with each request: parsed once
-        if fields == self._fields and line.startswith(b"GET /") and line.endswith(b" HTTP/1.1"):
-            target = line[4:-9].decode("latin-1")
-            if target.isascii() and target.isprintable() and " " not in target and "#" not in target:
-                return tuple.__new__(Head, ("GET", target, "HTTP/1.1", self._parsed))
         try:
             head = parse_head(data)
         except ProblemError:  # which is for `feed` to tell
@@ -922,7 +924,7 @@ class Framer:
         if "content-length" in head.fields or "transfer-encoding" in head.fields:
             return None
         if len(fields) <= _MOST_REMEMBERED_BYTES and line.startswith(b"GET /") and line.endswith(b" HTTP/1.1"):
-            self._fields, self._parsed = fields, head.fields
+            self._rest, self._parsed = b" HTTP/1.1\r\n" + fields, head.fields
         return head
 
     def feed(self, data: bytes, room: int = 1 << 30) -> list[Head | ProblemError]:
@@ -995,11 +997,11 @@ class EndOfTurn(selectors.DefaultSelector):
         server, loader = self._server, self._server.store.loader
         before = len(server.answered)
         if loader.waiting or loader.waiting_singles or loader.waiting_slow or loader.waiting_queries:
-            # the larger a batch, the cheaper a key: whoever has come meanwhile is read first
-            self._until = self._until or time.monotonic() + self.gather_seconds
-            if server.clients > 1 and time.monotonic() < self._until and (events := super().select(0)):
-                return events
-            self._until = 0.0
+            if server.clients > 1:  # the larger a batch, the cheaper a key: whoever has come meanwhile is read first
+                self._until = self._until or time.monotonic() + self.gather_seconds
+                if time.monotonic() < self._until and (events := super().select(0)):
+                    return events
+                self._until = 0.0
             loader.dispatch()
         if len(server.answered) > before:  # who has been refused may have more requests
             timeout = 0
@@ -1252,8 +1254,9 @@ class Pool:
     idle_seconds = 10.0  # after which a thread that nobody needs ends, unless it is permanent
 
     def __init__(self, most: int, log: Log, *, permanent: bool = True) -> None:
-        self.free = most  # jobs that it can take now
-        self._log, self._permanent = log, permanent
+        self.free, self._log, self._permanent = most, log, permanent  # free: for so many jobs, now
+        self._done = deque[tuple[Jobs, "Batch | Query", Any]]()  # with what came of each job
+        self._receiver, self._sender = os.pipe()  # a byte a job: half of what `call_soon_threadsafe` takes
         self._idle: dict[Jobs, asyncio.TimerHandle | None] = {}  # each idle thread's end, the last to go idle last
 
     def run(self, job: Batch | Query) -> None:
@@ -1264,30 +1267,36 @@ class Pool:
                 end.cancel()
         else:
             jobs = queue.SimpleQueue()
+            asyncio.get_running_loop().add_reader(self._receiver, self._take_back)
             try:  # not a `threading.Thread`: to start one waits until it runs, and the event loop has no time for that
-                _thread.start_new_thread(self._work, (jobs, asyncio.get_running_loop()))
+                _thread.start_new_thread(self._work, (jobs,))
             except RuntimeError as error:
                 self._log.seldom("error", "no thread can be started", error=describe(error))
                 return job.finish(unavailable("overloaded: no thread can be started", rejected="overloaded"))
         self.free -= 1
         return jobs.put(job)
 
-    def _work(self, jobs: Jobs, loop: asyncio.AbstractEventLoop) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            while job := jobs.get():
-                try:
-                    outcome: Any = job.call()
-                except Exception as error:
-                    outcome = error
-                loop.call_soon_threadsafe(self._take_back, jobs, job, outcome)
+    def _work(self, jobs: Jobs) -> None:
+        while job := jobs.get():
+            try:
+                outcome: Any = job.call()
+            except Exception as error:
+                outcome = error
+            self._done.append((jobs, job, outcome))
+            os.write(self._sender, b"\0")
 
-    def _take_back(self, jobs: Jobs, job: Batch | Query, outcome: Any) -> None:
-        if job.given_up:  # another thread has taken this one's place
-            return jobs.put(None)
-        self.free += 1
-        loop = asyncio.get_running_loop()
-        self._idle[jobs] = None if self._permanent else loop.call_later(self.idle_seconds, self._end, jobs)
-        return job.finish(outcome)
+    def _take_back(self) -> None:
+        ended = len(self._done)
+        for _ in range(ended):
+            jobs, job, outcome = self._done.popleft()
+            if job.given_up:  # another thread has taken this one's place
+                jobs.put(None)
+                continue
+            self.free += 1
+            later = asyncio.get_running_loop().call_later
+            self._idle[jobs] = None if self._permanent else later(self.idle_seconds, self._end, jobs)
+            job.finish(outcome)
+        os.read(self._receiver, ended or 1)  # no more bytes than jobs: some may have ended meanwhile
 
     def _end(self, jobs: Jobs) -> None:
         del self._idle[jobs]
@@ -1352,15 +1361,12 @@ class Batch:
 
     given_up = False
 
-    def __init__(self, waiting: dict[str, list[Get]]) -> None:
-        self.waiting, self._first = waiting, next(iter(waiting.values()))[0]  # all are of its collection
-
-    def call(self) -> Fetched:
-        """Fetch them."""
-        first, database = self._first, self._first.loader.store.database
-        waited = first.handler.queue_seconds  # the longest of all
+    def __init__(self, waiting: dict[str, list[Get]], now: float) -> None:
+        self.waiting, self._started, keys = waiting, now, list(waiting)
+        self._first = first = waiting[keys[0]][0]  # all are of its collection, and none has waited for longer
+        database, waited = first.loader.store.database, now - first.handler.started
         seconds = max(0.01, database.timeout_seconds - waited) if waited > Loader.slack_seconds else 0.0
-        return database.fetch(first.collection, list(self.waiting), seconds, replica=first.replica)
+        self.call = functools.partial(database.fetch, first.collection, keys, seconds, replica=first.replica)
 
     def finish(self, outcome: Any) -> None:
         """Answer whoever waits; all answers are made before the first is sent: that wakes receivers up less often."""
@@ -1378,9 +1384,10 @@ class Batch:
             loader.fetching_bytes -= sum(get.bytes for gets in self.waiting.values() for get in gets)
         for key, gets in self.waiting.items():
             for get in gets:
-                get.handler.operation = operation
-                if get.handler.resume(found.get(key, outcome)):
-                    answered.append(get.handler)
+                handler = get.handler
+                handler.operation, handler.queue_seconds = operation, self._started - handler.started
+                if handler.resume(found.get(key, outcome)):
+                    answered.append(handler)
         for handler in answered:
             handler.connection.reply(handler)
 
@@ -1446,51 +1453,53 @@ class Loader:
         rest: dict[str, list[Get]] = {}
         if size * self.batch_size * self.threads > self.most_bytes:
             now, everyone, taken = time.monotonic(), [get for gets in taken.values() for get in gets], {}
-            late = now - self.store.database.timeout_seconds
             sending = [each for each in self.writing if each.deadline - each.write_seconds > now - self.sending_seconds]
             held = self.fetching_bytes + sum(each.transport.get_write_buffer_size() for each in sending)
             room = min(most, max((self.most_bytes - held) // size, not held))
             for number, get in enumerate(everyone):
                 get.bytes = size * (number < room)
                 self.fetching_bytes += get.bytes
-                chosen = taken if get.bytes or get.handler.started < late else rest  # `_run` refuses the late ones
-                chosen.setdefault(get.key, []).append(get)
+                (taken if get.bytes else rest).setdefault(get.key, []).append(get)
         elif len(taken) > most:
             rest = {key: taken.pop(key) for key in list(taken)[most:]}
         if rest:
             self.waiting[collection] = rest
         return taken
 
-    def _run(self, pool: Pool, waiting: dict[str, list[Get]], now: float) -> None:
-        """Have documents fetched, but for those asked for so long ago that no caller would wait: they are refused."""
-        latest, late = now - self.store.database.timeout_seconds, {}
-        for key, gets in list(waiting.items()):
-            for get in gets:
-                get.handler.queue_seconds = now - get.handler.started
-            if gets[0].handler.started < latest:
-                late[key] = waiting.pop(key)
-        if late:
-            Batch(late).finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
-        if waiting:
-            pool.run(Batch(waiting))
+    def _refuse(self, late: dict[str, list[Get]], now: float) -> None:
+        """Refuse those who asked so long ago that no caller would wait for it."""
+        Batch(late, now).finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
 
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free (else batches grow); collections take turns."""
         now, degraded, slow = time.monotonic(), self.store.health.degraded, self.store.health.slow
+        latest = now - self.store.database.timeout_seconds
+        for name, keys in [*self.waiting.items()]:
+            if next(iter(keys.values()))[0].handler.started < latest:
+                late = [key for key, gets in keys.items() if gets[0].handler.started < latest]
+                self._refuse({key: keys.pop(key) for key in late}, now)
+                if not keys:
+                    del self.waiting[name]
         if self.waiting and degraded and slow is not None:
             for get in [get for name in list(self.waiting) for gets in self._take(name).values() for get in gets]:
                 apart = vbucket(get.key) in slow and not get.replica
                 (self.waiting_slow if apart else self.waiting_singles).append(get)
         bounded = 0  # collections in a row
         while len(self.waiting) > bounded and not degraded and self._batches.free:
-            taken = self._take(next(iter(self.waiting)), self.batch_size)
+            name, keys = next(iter(self.waiting.items()))
+            few = len(keys) <= self.batch_size and self.sizes[name] * self.batch_size * self.threads <= self.most_bytes
+            taken = self.waiting.pop(name) if few else self._take(name, self.batch_size)
             bounded = 0 if taken else bounded + 1
             self._dispatched_at = now
-            self._run(self._batches, taken, now)
+            if taken:
+                self._batches.run(Batch(taken, now))
         for singles, reserved in ((self.waiting_slow, self.single_threads // 2), (self.waiting_singles, 0)):
             while singles and self._singles.free > reserved:
                 get = singles.popleft()
-                self._run(self._singles, {get.key: [get]}, now)
+                if get.handler.started < latest:
+                    self._refuse({get.key: [get]}, now)
+                else:
+                    self._singles.run(Batch({get.key: [get]}, now))
         while self.waiting_queries and self._queries.free:
             query = self.waiting_queries.popleft()
             query.started, query.handler.queue_seconds = now, now - query.handler.started
@@ -1513,9 +1522,7 @@ class _DocumentBytes(RawJSONTranscoder):  # type: ignore[misc]
 
 
 def is_object(value: bytes) -> bool:
-    """Tell whether a stored value is a JSON object; what is between its only pair of braces is not looked at."""
-    if value.rfind(b"{") == 0 and value.find(b"}") == len(value) - 1:
-        return True
+    """Tell whether a stored value is a JSON object."""
     with contextlib.suppress(ValueError, RecursionError):
         return isinstance(json.loads(value.decode()), dict)
     return False
@@ -1549,14 +1556,14 @@ class Database:
         except Exception as error:
             results, errors = {}, dict.fromkeys(keys, error)
         for key, result in results.items():  # `tuple.__new__` takes half the time of Document's own
-            if is_object(value := result.value):
+            value = result.value  # what is between the only pair of braces is not looked at
+            if (value.rfind(b"{") == 0 and value.find(b"}") == len(value) - 1) or is_object(value):
                 documents[key] = tuple.__new__(Document, (value, result.cas, replica and result.is_replica))
             else:
                 errors[key] = cb.ValueFormatException("no JSON object")
-        # of many documents a part may well be missing
         outcomes = {failure_of(error).outcome for error in errors.values()} if errors else {"ok"}
-        outcome, size = min(outcomes - {"not_found"} if many else outcomes, default="ok"), len(documents) + len(errors)
-        return Operation(name, collection, started, time.monotonic() - started, outcome, size), documents, errors
+        outcome = min(outcomes - {"not_found"} if many else outcomes, default="ok")  # many: a part may well be missing
+        return Operation(name, collection, started, time.monotonic() - started, outcome, len(keys)), documents, errors
 
     def run_query(self, statement: str, parameters: dict[str, object], seconds: float, *, adhoc: bool) -> list[bytes]:
         """Return a read-only statement's rows as raw JSON; `adhoc` leaves it unprepared; raises what the SDK raises."""
@@ -1899,7 +1906,7 @@ class Tokens:
     def __init__(self, period_seconds: float) -> None:
         self.period_seconds = period_seconds
         self.current: bytes | None = None  # None: none has been read yet
-        self._previous, self._previous_until = b"", 0.0
+        self.usual, self._previous, self._previous_until = b"", b"", 0.0  # usual: the field that most callers show
 
     def adopt(self, token: str, now: float) -> bool:
         """Take the token as read at `now` (monotonic seconds); tell whether it is a new one."""
@@ -1907,6 +1914,7 @@ class Tokens:
         if fresh == self.current:
             return False
         self.current, self._previous, self._previous_until = fresh, self.current or b"", now + self.period_seconds
+        self.usual = b"Bearer " + fresh
         return True
 
     def accepts(self, given: str, now: float) -> bool:
@@ -1941,14 +1949,6 @@ class Pictures:
 # The event loop makes the lines and never waits: a thread of the log's own writes them, whatever standard output is.
 # A second of the epoch as an IMF-fixdate (RFC 9110, 5.6.7); made once a second, as that takes long.
 http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))
-_to_the_second = functools.lru_cache(maxsize=2)(lambda second: time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
-
-
-def timestamp() -> str:
-    """Return the time as RFC 3339 in UTC, to the millisecond."""
-    now = time.time()
-    return f"{_to_the_second(int(now))}.{int(now % 1 * 1000):03d}Z"
-
 
 MAX_LINE_BYTES, CUT_OFF = 2048, ', "cut_off": true'
 _TELLING = ("first_error_code", "first_error_message", "http_status", "last_dispatched_to", "retry_reasons")
@@ -1966,8 +1966,7 @@ class Log:
         """Open the log: the least level that is written, whether answered requests are, and where to."""
         self._levels = self.LEVELS[self.LEVELS.index(level) :]
         self.access, self.debug = access and "info" in self._levels, "debug" in self._levels
-        self.dropped = 0  # lines, since the start
-        self._descriptor = descriptor
+        self.dropped, self._descriptor = 0, descriptor  # lines, since the start
         try:
             os.fstat(descriptor)
         except OSError:  # closed: what is opened next would get its number, a client's socket too
@@ -1983,7 +1982,8 @@ class Log:
         if level in self._levels and self._put_bytes - self._written_bytes > self.bound_bytes + self.event_bytes:
             self.dropped += 1
         elif level in self._levels:
-            line = {"time": timestamp(), "level": level, "message": message, **details}
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            line = {"time": now, "level": level, "message": message, **details}
             text = json.dumps(line, default=str)
             if len(text) >= MAX_LINE_BYTES:
                 cut = {name: value[:200] if isinstance(value, str) else value for name, value in line.items()}
@@ -1999,7 +1999,7 @@ class Log:
 
     def requests(self, handlers: Sequence[ProfileHandler]) -> None:
         """Write a line for each answered request; every value is from a closed set, or its characters were checked."""
-        stamp, lines, operation, spent = timestamp(), [], None, ""
+        stamp, lines, operation, spent = datetime.now(UTC).isoformat(timespec="milliseconds"), [], None, ""
         beginnings: dict[tuple[str, str, int], str] = {}
         for handler in handlers:
             key = (handler.route, handler.command, handler.status)

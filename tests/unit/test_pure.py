@@ -1,12 +1,14 @@
 """The small pure parts: paging, percent-decoding, tokens, back-off, problems, tags, dates; and the log."""
 
 import contextlib
+import datetime
 import ipaddress
 import itertools
 import json
 import os
 import pty
 import random
+import re
 import socket
 import tempfile
 import time
@@ -240,11 +242,12 @@ class TestLog:
         lines = self.read("warning", ("info", "quiet", ""), ("warning", "loud", ""), ("error", "loudest", ""))
         assert [line["message"] for line in lines] == ["loud", "loudest"]
 
-    @pytest.mark.parametrize(("fraction", "text"), [(0.0, "000"), (0.25, "250"), (0.9999, "999")])
-    def test_time(self, monkeypatch: pytest.MonkeyPatch, fraction: float, text: str) -> None:
-        monkeypatch.setattr(time, "time", lambda: 784111777 + fraction)
+    def test_time_is_utc_to_the_millisecond(self) -> None:
+        before = datetime.datetime.now(datetime.UTC)
         [line] = self.read("info", ("info", "m", ""))
-        assert line["time"] == f"1994-11-06T08:49:37.{text}Z"
+        assert re.fullmatch(r"[0-9-]{10}T[0-9:]{8}\.[0-9]{3}\+00:00", line["time"])
+        late = datetime.datetime.fromisoformat(line["time"]) - before
+        assert datetime.timedelta(milliseconds=-1) <= late < datetime.timedelta(minutes=1)
 
     @pytest.mark.parametrize("kind", ["file", "pipe", "non-blocking pipe", "socket", "pty"])
     def test_all_is_written_to_every_kind_of_output(self, kind: str) -> None:
