@@ -24,7 +24,7 @@ def chromium() -> Iterator[Browser]:
         (path for path in ("/usr/bin/chromium", shutil.which("chromium")) if path and os.access(path, os.X_OK)), ""
     )
     if not path:
-        pytest.skip("needs a browser: apt-get install chromium")
+        pytest.skip("needs a browser (Debian's package chromium)")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser

@@ -11,7 +11,7 @@ from tests.contract import swagger_ui
 from tests.emulator.process import EmulatorProcess
 from tests.service import ServiceProcess, settings_for
 
-WAIT_MS = 15_000
+WAIT_MS = 60_000
 COLLECT = """
 window.violations = [];
 document.addEventListener("securitypolicyviolation", event =>

@@ -259,8 +259,13 @@ def ask_at_once(port: int, paths: Sequence[str], token: str) -> Answers:
     return asyncio.run(run())
 
 
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> float:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> float:
     """Wait for a condition that nothing announces; return after how many seconds it held.
+
+    Args:
+        condition: is looked at again and again.
+        what: to say if it does not come to hold.
+        seconds: the deadline; by default far above what a busy machine takes.
 
     Raises:
         AssertionError: it does not hold in time.

@@ -22,7 +22,9 @@ SHORT = {
     "COUCHBASE_QUERY_TIMEOUT_MS": str(round(QUERY_TIMEOUT_SECONDS * 1000)),
 }
 PATIENCE_MS = 5000
-GRACE_SECONDS = 0.1  # what an answer may take beyond its time-out
+# what an answer may take beyond its time-out: 0.1 s of the service's own, and as much for the emulator and the client
+GRACE_SECONDS = 0.2
+WELL_SECONDS = 5.0  # after a fault has ended, or one has begun, until the service is well, or not ready
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,11 +63,16 @@ def service(database: EmulatorProcess, started: ServiceProcess) -> ServiceProces
     """The service, well again after what the test before has done to it."""
 
     def well() -> bool:
-        answers = (started.get("/api/v1/id/1", TOKEN), started.get("/api/v1/nickname/nobody", TOKEN))
-        return [answer.status for answer in answers] == [200, 404]
+        paths = ("/api/v1/id/1", "/api/v1/nickname/nobody", "/readyz")
+        answers = [started.get(path, TOKEN) for path in paths]
+        if [answer.status for answer in answers] != [200, 404, 200]:
+            return False
+        return set(answers[-1].json()["breakers"].values()) == {"closed"}
 
-    wait_until(well, 20, "well after the test before")
-    started.wait_until_ready()
+    wait_until(well, "well after the test before")
+    number = started.get("/nowhere").headers["x-request-id"]
+    while started.wait_for("request")["request_id"] != number:  # what the log says from now on is of this test
+        pass
     return started
 
 
@@ -74,13 +81,8 @@ SOAK = ("-m", "tests.chaos.soak", "--seconds", str(SOAK_SECONDS), "--rate", "100
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what takes longest first, so that other processes have the other tests meanwhile; repeat what fails."""
+    """Put what takes longest first, so that other processes have the other tests meanwhile."""
     items.sort(key=lambda item: "tests/chaos/test_soak.py" not in item.nodeid)
-    for item in items:
-        if "tests/chaos/" in item.nodeid:
-            # these hold the service to deadlines while other tests share the machine, which may stand still for a
-            # second: a failure counts if it comes twice. The report names each repetition.
-            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 @contextlib.contextmanager
@@ -100,13 +102,6 @@ def soaking() -> Iterator["subprocess.Popen[str]"]:
 def all_scenes(request: pytest.FixtureRequest) -> None:
     """Start all scenes of a module with its first test."""
     Scene.begin(request.module.__name__)
-
-
-@pytest.fixture(autouse=True)
-def second_try(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Have a test that is repeated look at a new performance of its scene."""
-    with Scene.anew() if getattr(request.node, "execution_count", 1) > 1 else contextlib.nullcontext():
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

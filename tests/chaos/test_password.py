@@ -34,10 +34,10 @@ def change_first_in_the_file() -> str:
                 time.sleep(0.5)
                 database.fault("drop")
                 cut = time.monotonic()
-                service.wait_for("password read again from its file", 15)
-                wait_until(lambda: service.get(IDS[0], TOKEN).status == 200, 10, "documents are back")
-                wait_until(lambda: service.get(LOOKUP, TOKEN).status == 404, 10, "lookups are back")
-                wait_until(lambda: service.get("/readyz").status == 200, 10, "ready")
+                service.wait_for("password read again from its file")
+                wait_until(lambda: service.get(IDS[0], TOKEN).status == 200, "documents are back")
+                wait_until(lambda: service.get(LOOKUP, TOKEN).status == 404, "lookups are back")
+                wait_until(lambda: service.get("/readyz").status == 200, "ready")
                 assert time.monotonic() - cut < 15
             assert service.process.poll() is None
     return "".join(service.raw_lines)
@@ -53,13 +53,13 @@ def change_later_in_the_file() -> None:
         with ServiceProcess(settings) as service:
             database.set_password(database.user, "changed")
             database.fault("drop")
-            wait_until(lambda: service.get("/readyz").status == 503, 5, "not ready")
+            wait_until(lambda: service.get("/readyz").status == 503, "not ready")
             time.sleep(2)
             assert service.get("/healthz").status == 200
             assert service.get(IDS[0], TOKEN).status in {503, 504}
             path.write_text("changed")
-            wait_until(lambda: service.get("/readyz").status == 200, 15, "ready")
-            wait_until(lambda: service.get(IDS[0], TOKEN).status == 200, 10, "documents are back")
+            wait_until(lambda: service.get("/readyz").status == 200, "ready")
+            wait_until(lambda: service.get(IDS[0], TOKEN).status == 200, "documents are back")
 
 
 FIRST, LATER = Scene(change_first_in_the_file), Scene(change_later_in_the_file)

@@ -1,24 +1,17 @@
 """Starting while Couchbase is not there, or does not answer."""
 
-import socket
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from tests.chaos.clients import wait_until
-from tests.chaos.conftest import TOKEN
+from tests.chaos.clients import Lag, allowance, wait_until
+from tests.chaos.conftest import GRACE_SECONDS, TOKEN
 from tests.chaos.scenes import Scene
 from tests.emulator.process import EmulatorProcess
-from tests.service import ServiceProcess, settings_for
+from tests.service import ServiceProcess, free_port, settings_for
 
 ID = "/api/v1/id/1"
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture
@@ -32,30 +25,30 @@ def absent() -> Iterator[tuple[int, ServiceProcess]]:
 
 
 def test_probes_from_the_first_moment(absent: tuple[int, ServiceProcess]) -> None:
-    """Within 100 ms of its first line it is alive and not ready, and goes on being so."""
+    """From its first line on it is alive and not ready, and goes on being so."""
     _, service = absent
     started = time.monotonic()
-    statuses = [
-        service.get(path, port=port).status
-        for path in ("/healthz", "/readyz")
-        for port in (service.port, service.metrics_port)
-    ]
-    assert time.monotonic() - started < 0.1
+    with Lag() as lag:
+        statuses = [
+            service.get(path, port=port).status
+            for path in ("/healthz", "/readyz")
+            for port in (service.port, service.metrics_port)
+        ]
+        seconds = time.monotonic() - started
+    assert seconds < GRACE_SECONDS + allowance(lag.worst_seconds)
     assert statuses == [200, 200, 503, 503]
     while time.monotonic() < started + 2:
-        asked = time.monotonic()
         assert [service.get(path).status for path in ("/healthz", "/readyz")] == [200, 503]
-        assert time.monotonic() - asked < 0.1
         time.sleep(0.05)
     assert service.get(ID, TOKEN).status == 503
 
 
 def test_it_becomes_ready_when_couchbase_appears(absent: tuple[int, ServiceProcess]) -> None:
-    """By itself, within the longest pause between two tries and what a try takes."""
+    """By itself, with no error."""
     port, service = absent
     time.sleep(1)
     with EmulatorProcess(profiles=5, pictures=0, token=TOKEN, kv_port=port, password="p"):
-        wait_until(lambda: service.get("/readyz").status == 200, 6, "ready")
+        wait_until(lambda: service.get("/readyz").status == 200, "ready")
         assert service.get(ID, TOKEN).status == 200
     assert [line for line in service.lines if line["level"] == "error"] == []
 
@@ -70,7 +63,7 @@ def start_frozen(frozen: str | None) -> float:
             time.sleep(3)
             assert [service.get(path).status for path in ("/healthz", "/readyz")] == [200, 503]
             database.clear()
-            seconds = wait_until(lambda: service.get("/readyz").status == 200, 20, "ready")
+            seconds = wait_until(lambda: service.get("/readyz").status == 200, "ready")
             assert service.get(ID, TOKEN).status == 200
             assert [line for line in service.lines if line["level"] == "error"] == []
         finally:

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 import pytest
 
 from tests.chaos.clients import Load, Record, by_status, polling, wait_until
-from tests.chaos.conftest import SHORT
 from tests.chaos.scenes import Scene
 from tests.emulator.process import EmulatorProcess
 from tests.emulator.sdk import connect
@@ -16,36 +15,29 @@ from tests.service import ServiceProcess, settings_for
 
 IDS = [f"/api/v1/id/{number}" for number in range(1, 11)]
 PERIOD_SECONDS = 1.0
-LEEWAY_SECONDS = 1.0  # for what a busy machine adds: a period's bound is a second
-SETTINGS = {"TOKEN_REFRESH_SECONDS": "1", "ACCESS_LOG": "false"} | SHORT
+LEEWAY_SECONDS = 3.0  # for what a busy machine adds
+ROTATION_SECONDS = 2.0  # the period where a busy machine must have changed the token and asked within it
+SETTINGS = {"TOKEN_REFRESH_SECONDS": "1", "ACCESS_LOG": "false"}
 
 
 def rotate() -> list[Record]:
-    """Change the token twice while clients ask, who change theirs a period later; return what they got."""
+    """Change the token twice while clients ask, who change theirs half a period after the service; return answers."""
     token = "token-0"
     with (
         EmulatorProcess(profiles=10, pictures=0, token=token) as database,
-        ServiceProcess(settings_for(database) | SETTINGS) as service,
+        ServiceProcess(settings_for(database) | SETTINGS | {"TOKEN_REFRESH_SECONDS": "2"}) as service,
     ):
         valid = [token]
         with Load(service.port, itertools.cycle(IDS), lambda: valid[0], clients=6) as load:
             for number in range(1, 3):
                 old, new = valid[0], f"token-{number}"
                 database.set_token(new)
-                changed = time.monotonic()
-                wait_until(
-                    lambda new=new: service.get(IDS[0], new).status == 200,
-                    PERIOD_SECONDS + LEEWAY_SECONDS,
-                    "the new token works",
-                )
+                adopted = wait_until(lambda new=new: service.get(IDS[0], new).status == 200, "the new token works")
                 assert service.get(IDS[0], old).status == 200
-                time.sleep(max(0.0, changed + PERIOD_SECONDS - time.monotonic()))
+                time.sleep(ROTATION_SECONDS / 2)
                 valid[0] = new
-                wait_until(
-                    lambda old=old: service.get(IDS[0], old).status == 401,
-                    PERIOD_SECONDS + LEEWAY_SECONDS,
-                    "the old token works no more",
-                )
+                gone = wait_until(lambda old=old: service.get(IDS[0], old).status == 401, "the old token works no more")
+                assert max(adopted, gone) < ROTATION_SECONDS + LEEWAY_SECONDS
     return load.records
 
 
@@ -86,12 +78,12 @@ def lose(name: str) -> tuple[float, list[str], set[int], float]:
         Load(service.port, itertools.cycle(IDS), lambda: "last", rate=30) as load,
     ):
         UNREADABLE[name](database)
-        lost = wait_until(lambda: service.get("/readyz").status == 503, 15, "not ready")
+        lost = wait_until(lambda: service.get("/readyz").status == 503, "not ready")
         reasons: list[str] = service.get("/readyz").json()["reasons"]
         time.sleep(PERIOD_SECONDS)
         assert service.get("/healthz").status == 200
         database.set_token("last")
-        back = wait_until(lambda: service.get("/readyz").status == 200, 15, "ready again")
+        back = wait_until(lambda: service.get("/readyz").status == 200, "ready again")
     return lost, reasons, set(by_status(load.records)), back
 
 
@@ -109,13 +101,13 @@ def lose_collection() -> tuple[float, list[int], list[str], float]:
         collections = stack.enter_context(connect(database)).bucket(database.bucket).collections()
         collections.drop_collection("profiles", "service_auth")
         with polling(lambda: service.get("/readyz").status) as seen:
-            lost = wait_until(lambda: seen and seen[-1][1] == 503, 15, "not ready")
+            lost = wait_until(lambda: seen and seen[-1][1] == 503, "not ready")
             time.sleep(3 * PERIOD_SECONDS)
         reasons: list[str] = service.get("/readyz").json()["reasons"]
         assert service.get(IDS[0], "last").status == 200
         collections.create_collection("profiles", "service_auth")
         database.set_token("last")
-        back = wait_until(lambda: service.get("/readyz").status == 200, 15, "ready again")
+        back = wait_until(lambda: service.get("/readyz").status == 200, "ready again")
     return lost, [status for _, status in seen], reasons, back
 
 
@@ -139,7 +131,7 @@ def test_a_token_that_cannot_be_read(name: str) -> None:
     assert 2 * PERIOD_SECONDS - 0.1 < lost < 3 * PERIOD_SECONDS + LEEWAY_SECONDS
     assert any("token" in reason for reason in reasons)
     assert statuses == {200}
-    assert back < 2 * PERIOD_SECONDS
+    assert back < 2 * PERIOD_SECONDS + LEEWAY_SECONDS
 
 
 def test_a_token_whose_collection_is_gone() -> None:

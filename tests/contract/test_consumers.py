@@ -20,7 +20,7 @@ from tests.service import ServiceProcess, settings_for
 CONTRACTS = sorted((Path(__file__).parent / "consumers").glob("*.json"))
 PROVIDER = "micro_svc_demo"
 os.environ["PACT_DO_NOT_TRACK"] = "true"  # else its core reports each verification to its makers
-REQUEST_TIMEOUT_MS = 10_000
+REQUEST_TIMEOUT_MS = 60_000
 STOP_SECONDS = 10
 
 

@@ -38,7 +38,7 @@ def run(document: dict[str, Any], port: int, token: str) -> Run:
         {
             "seed": 1,  # not each finds an id that no profile has
             "base-url": f"http://127.0.0.1:{port}",
-            "request-timeout": 10,
+            "request-timeout": 60,
             "headers": {"Authorization": f"Bearer {token}"},
             "generation": {"mode": "all", "max-examples": EXAMPLES, "database": "none"},
             # what Schemathesis takes by itself, and 412: a condition that is not met is no malformed one
@@ -80,7 +80,6 @@ def test_every_check_is_on() -> None:
     )
 
 
-@pytest.mark.timeout(90)
 def test_nothing_is_found(service: ServiceProcess, database: EmulatorProcess, fresh: dict[str, Any]) -> None:
     """Whatever is asked, the answer is one that the document describes, and none is a 5xx."""
     del fresh["paths"]["/metrics"]
@@ -94,7 +93,6 @@ def test_nothing_is_found(service: ServiceProcess, database: EmulatorProcess, fr
     assert [line for line in service.lines if line["level"] == "error"] == []
 
 
-@pytest.mark.timeout(60)
 def test_nothing_is_found_on_the_metrics_port(
     service: ServiceProcess, database: EmulatorProcess, fresh: dict[str, Any]
 ) -> None:

@@ -250,7 +250,7 @@ def test_failures_are_answered_as_described(database: EmulatorProcess) -> None:
     paths = ("/api/v1/id/{id}", "/api/v1/nickname/{nickname}", "/api/v1/picture/raw/{id}")
     seen = set()
     with ServiceProcess(
-        settings_for(database) | {"COUCHBASE_TIMEOUT_MS": "100", "COUCHBASE_QUERY_TIMEOUT_MS": "100"}
+        settings_for(database) | {"COUCHBASE_TIMEOUT_MS": "300", "COUCHBASE_QUERY_TIMEOUT_MS": "300"}
     ) as own:
         database.fault("freeze", service="kv")
         database.fault("freeze", service="query")

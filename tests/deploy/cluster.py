@@ -18,7 +18,7 @@ from tests.deploy.pod import Pod
 from tests.service import ServiceProcess
 
 CHUNK = 65_536
-READY_SECONDS = 30
+READY_SECONDS = 60
 
 
 @dataclass(frozen=True)

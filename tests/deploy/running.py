@@ -1,7 +1,6 @@
 """Starts the service as an image's command does, on this machine."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -9,13 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.service import ServiceProcess
-
-
-def free_port() -> int:
-    """Return a port that nobody listened on a moment ago: for what must be said before the process starts."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def switched_user(user: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def shell(server: ApiServer, tmp_path: Path) -> Shell:
     """Types a command line of README's; returns the lines that it prints."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
-        pytest.skip("types kubectl's commands only where there is a kubectl")
+        pytest.skip("needs kubectl (kubernetes.io/docs/tasks/tools)")
     # validation asks for the whole OpenAPI document; test_manifests does it by the schemas
     (tmp_path / "kubectl").write_text(
         f'#!/bin/sh\n[ "$1 $2" = "apply -k" ] || [ "$1 $2" = "apply -f" ] && set -- "$@" --validate=false\n'

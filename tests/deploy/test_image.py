@@ -13,9 +13,9 @@ import pytest
 from micro_svc_demo import __version__
 from tests.deploy.dockerfile import Build, DockerfileError, Image, context_files, ignore_rules, let_in
 from tests.deploy.kustomize import load, one
-from tests.deploy.running import CommandProcess, free_port, switched_user
+from tests.deploy.running import CommandProcess, switched_user
 from tests.emulator.process import EmulatorProcess
-from tests.service import ROOT, settings_for
+from tests.service import ROOT, free_port, settings_for
 
 LOCKS = (".requirements.lock", ".requirements-sample-data.lock")
 RUN_SECONDS = 60
@@ -248,7 +248,7 @@ def test_real_build() -> None:
     """With DEPLOY_TEST_ENGINE=docker (or buildah, podman): the image is built and run, read-only and without rights."""
     engine = os.environ.get("DEPLOY_TEST_ENGINE")
     if not engine:
-        pytest.skip("builds with a container engine only if DEPLOY_TEST_ENGINE names one: docker, podman or buildah")
+        pytest.skip("needs DEPLOY_TEST_ENGINE=podman, docker or buildah (Debian's packages podman, docker.io, buildah)")
     assert shutil.which(engine), f"there is no {engine}"
     tag = "demopy:deploy-test"
     verb = ["bud", "--format", "docker"] if engine == "buildah" else ["build"]

@@ -130,7 +130,7 @@ class TestRendering:
     def test_kustomize_makes_the_same_of_it(self, path: str) -> None:
         kubectl = shutil.which("kubectl")
         if kubectl is None:
-            pytest.skip("compares with kustomize itself only where there is a kubectl")
+            pytest.skip("needs kubectl (kubernetes.io/docs/tasks/tools)")
         command = [kubectl, "kustomize", str(ROOT / path)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=KUBECTL_SECONDS)
         theirs = list(yaml.safe_load_all(done.stdout))

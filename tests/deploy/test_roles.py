@@ -20,7 +20,7 @@ BUCKET = "sample_app"
 ROLES = f"data_reader[{BUCKET}:profiles:user_data],data_writer[{BUCKET}:profiles:user_images]"
 SUCCESS, NO_ACCESS, UNKNOWN_COLLECTION, UNKNOWN_SCOPE = 0x00, 0x24, 0x88, 0x8C
 GET, SET, SELECT_BUCKET, GET_COLLECTION_ID = 0x00, 0x01, 0x89, 0xBB
-REQUEST_SECONDS = 10
+REQUEST_SECONDS = 60
 
 
 @pytest.fixture(scope="module")

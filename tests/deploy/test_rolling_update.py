@@ -18,7 +18,7 @@ SCALE = 5
 """The manifest's timings are divided by this: a pause of 5 s becomes 1 s. The service's own are as they are."""
 TOKEN = "rolling"
 PROFILES = 50
-REQUEST_SECONDS = 5
+REQUEST_SECONDS = 30
 REQUESTS = 500
 
 

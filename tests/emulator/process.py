@@ -13,8 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[2]
-STOP_SECONDS = 10.0
-REQUEST_SECONDS = 10.0
+STOP_SECONDS = REQUEST_SECONDS = 30.0
 MAX_ERROR_BYTES = 65_536
 
 
@@ -48,7 +47,7 @@ class EmulatorProcess:
     faults_port: int
     nodes: list[dict[str, dict[str, int]]]
 
-    def __init__(self, *, start_seconds: float = 30.0, password: str | None = None, **options: Any) -> None:
+    def __init__(self, *, start_seconds: float = 60.0, password: str | None = None, **options: Any) -> None:
         """Prepare to start an emulator with these options, which must be ready within `start_seconds`."""
         self._start_seconds = start_seconds
         self._environment = dict(os.environ) | ({} if password is None else {"EMULATOR_PASSWORD": password})

@@ -19,7 +19,7 @@ def connect(
     connection_string: str | None = None,
     password: str | None = None,
     ca_file: str | None = None,
-    timeout_seconds: float = 2.5,
+    timeout_seconds: float = 20.0,
 ) -> Iterator[Cluster]:
     """Connect as the emulator's user, and close the connection at the end of the block.
 

@@ -116,7 +116,7 @@ def processes() -> dict[int, tuple[int, str]]:
     if command is None:
         pytest.skip("needs ps")
     listing = subprocess.run(
-        [command, "-A", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True, timeout=10
+        [command, "-A", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True, timeout=60
     ).stdout
     rows = (line.split(None, 3) for line in listing.splitlines())
     return {int(row[0]): (int(row[1]), row[3]) for row in rows if not row[2].startswith("Z")}
@@ -150,7 +150,7 @@ def curl_lines(demo: RunningDemo) -> dict[str, list[str]]:
 def answer(command: list[str], directory: Path) -> bytes:
     """Run a printed command and return the body, or with `-i` head and body; without curl by the same request."""
     if shutil.which("curl"):
-        done = subprocess.run(command, cwd=directory, capture_output=True, check=True, timeout=20)
+        done = subprocess.run(command, cwd=directory, capture_output=True, check=True, timeout=60)
         return (directory / command[command.index("-o") + 1]).read_bytes() if "-o" in command else done.stdout
     return without_curl(command)
 
@@ -162,7 +162,7 @@ def without_curl(command: list[str]) -> bytes:
 
     address = urlsplit(command[-1])
     header = command[command.index("-H") + 1].split(": ", 1) if "-H" in command else None
-    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=20)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=60)
     try:
         connection.request("GET", address.path, headers=dict([header]) if header else {})
         response = connection.getresponse()

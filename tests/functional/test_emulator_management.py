@@ -43,7 +43,7 @@ def cluster(emulator: EmulatorProcess) -> Iterator[Cluster]:
 def test_ping_reaches_every_service_of_both_nodes(cluster: Cluster) -> None:
     """What the configuration lists is served; a bucket's ping is about its key-value connections."""
     bucket = cluster.bucket("sample_app")
-    cluster.wait_until_ready(timedelta(seconds=3))
+    cluster.wait_until_ready(timedelta(seconds=30))
     states = [endpoint.state for endpoint in bucket.ping().endpoints[ServiceType.KeyValue]]
     assert states == [PingState.OK, PingState.OK]
     endpoints = cluster.ping().endpoints
@@ -115,7 +115,7 @@ def test_the_ready_line_and_a_clean_end() -> None:
         assert ready["nodes"][0]["plain"]["kv"] == ready["kv_port"]
         assert os.path.exists(ready["ca_file"])
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
         assert process.stdout.read() == b""
         assert not os.path.exists(ready["ca_file"])
 

@@ -28,7 +28,7 @@ from tests.emulator.process import EmulatorProcess
 from tests.emulator.sdk import connect
 
 PROFILES = 300
-HTTP_SECONDS = 10
+HTTP_SECONDS = 30
 CONTEXT = "`sample_app`.`profiles`"  # as the SDK has it: what is prepared in it is prepared for the SDK too
 READER = "data_reader[sample_app:profiles:user_data],query_select[sample_app:profiles:user_data]"
 SCANNER = READER + ",query_use_sequential_scans[sample_app:profiles:user_data]"
@@ -49,7 +49,7 @@ def emulator() -> Iterator[EmulatorProcess]:
 def cluster(emulator: EmulatorProcess) -> Iterator[Cluster]:
     """The SDK's cluster object, connected."""
     with connect(emulator) as connected:
-        connected.wait_until_ready(timedelta(seconds=10))
+        connected.wait_until_ready(timedelta(seconds=30))
         yield connected
 
 
@@ -78,7 +78,7 @@ def without_index(scope: Scope) -> Iterator[None]:
 def lookup(scope: Scope, nickname: str, *, adhoc: bool = False, **parameters: int) -> list[Any]:
     """Look a nickname up as the service does: a prepared, read-only query of the scope."""
     named = PARAMETERS | {"value": nickname} | parameters
-    timeout = timedelta(seconds=5)
+    timeout = timedelta(seconds=20)
     return list(scope.query(LOOKUP, QueryOptions(adhoc=adhoc, read_only=True, named_parameters=named, timeout=timeout)))
 
 
@@ -195,7 +195,7 @@ def test_errors_become_the_sdks_exceptions(
 ) -> None:
     """Each error is raised as what the SDK makes of the server's, at once and not after retries."""
     with pytest.raises(kind) as caught:
-        list(scope.query(statement, QueryOptions(timeout=timedelta(seconds=5))))
+        list(scope.query(statement, QueryOptions(timeout=timedelta(seconds=20))))
     assert caught.value.context.first_error_code == code
 
 
@@ -287,7 +287,7 @@ def test_a_deferred_index_is_of_no_use_until_it_is_built(
     assert error(post(emulator, LOOKUP_REQUEST, reader)) == (401, 13014)
     users.upsert("late", {"nickname": "late"})
     scope.query("BUILD INDEX ON user_data(by_nickname)").execute()
-    users.query_indexes().watch_indexes(["by_nickname"], WatchQueryIndexOptions(timeout=timedelta(seconds=5)))
+    users.query_indexes().watch_indexes(["by_nickname"], WatchQueryIndexOptions(timeout=timedelta(seconds=20)))
     status, reply = post(emulator, LOOKUP_REQUEST | {"$value": "late"}, reader)
     users.remove("late")
     assert (status, reply["results"]) == (200, [{"nickname": "late"}])

@@ -14,12 +14,7 @@ import pytest
 
 from tests.chaos.clients import wait_until
 from tests.emulator.process import EmulatorProcess
-from tests.service import ROOT, ServiceProcess, settings_for
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+from tests.service import ROOT, ServiceProcess, free_port, settings_for
 
 
 def test_start_up_line(service: ServiceProcess, database) -> None:
@@ -141,7 +136,7 @@ def test_what_is_missing_is_waited_for(scope: str, token: str | None, reason: st
     """Log and readiness say what to do, and once that has been done the service is ready by itself."""
     with EmulatorProcess(profiles=1, token="t") as own:
         own.set_token(token)
-        settings = settings_for(own) | {"COUCHBASE_SCOPE": scope, "COUCHBASE_TIMEOUT_MS": "500"}
+        settings = settings_for(own) | {"COUCHBASE_SCOPE": scope, "COUCHBASE_TIMEOUT_MS": "1000"}
         service = ServiceProcess(settings).start()
         try:
             line = service.wait_for("Couchbase is not there yet")
@@ -190,22 +185,6 @@ def test_its_ports_are_free_once_it_has_ended(database) -> None:
 
 
 class TestToken:
-    def test_rotation(self) -> None:
-        """The new token works within the period, the old one for one more, then not; valid ones are never refused."""
-        with (
-            EmulatorProcess(profiles=10, token="old") as own,
-            ServiceProcess(settings_for(own) | {"TOKEN_REFRESH_SECONDS": "1"}) as service,
-        ):
-            own.set_token("new")
-            changed = time.monotonic()
-            while service.get("/api/v1/id/1", "new").status != 200:
-                assert service.get("/api/v1/id/1", "old").status == 200
-                assert time.monotonic() < changed + 3
-            assert service.get("/api/v1/id/1", "old").status == 200
-            while service.get("/api/v1/id/1", "old").status != 401:
-                assert service.get("/api/v1/id/1", "new").status == 200
-                assert time.monotonic() < changed + 5
-
     def test_a_failed_re_read_keeps_the_token_and_is_logged(self) -> None:
         with (
             EmulatorProcess(profiles=10, token="t") as own,
@@ -223,8 +202,8 @@ class TestDrain:
         """A request that is under way when the signal comes is answered, with Connection: close; exit code 0."""
         own = clean_faults
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` may have started these tests
-        with ServiceProcess(settings_for(own)) as service:
-            own.fault("latency", ms=700, operation="get")
+        with ServiceProcess(settings_for(own) | {"COUCHBASE_TIMEOUT_MS": "20000"}) as service:
+            own.fault("latency", ms=1500, operation="get")
             before = own.stats()["operations"].get("get", 0)
             connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
             connection.request("GET", "/api/v1/id/1", headers={"Authorization": f"Bearer {own.token}"})
@@ -280,7 +259,7 @@ class TestDrain:
             def drains() -> bool:
                 return b"draining" in service.get("/readyz", port=service.metrics_port).body
 
-            wait_until(drains, 5, "it says that it drains")
+            wait_until(drains, "it says that it drains")
             talking.request("GET", "/healthz")
             response = talking.getresponse()
             assert (response.status, response.getheader("Connection")) == (200, "close")
@@ -326,7 +305,7 @@ def test_a_client_that_vanishes_leaves_the_service_well(database) -> None:
 def test_failures_of_the_database_have_their_status(clean_faults: EmulatorProcess) -> None:
     """A time-out is 504 and unavailability 503 with Retry-After, for documents and lookups alike."""
     own = clean_faults
-    settings = settings_for(own) | {"COUCHBASE_TIMEOUT_MS": "200", "COUCHBASE_QUERY_TIMEOUT_MS": "300"}
+    settings = settings_for(own) | {"COUCHBASE_TIMEOUT_MS": "1000", "COUCHBASE_QUERY_TIMEOUT_MS": "1000"}
     with ServiceProcess(settings) as service:
         own.fault("freeze", service="kv")
         assert service.get("/api/v1/id/1", own.token).status == 504

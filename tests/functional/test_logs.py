@@ -17,7 +17,7 @@ import micro_svc_demo
 from tests.chaos.clients import wait_until
 from tests.emulator.process import EmulatorProcess
 from tests.load.clients import Conversation, request
-from tests.service import ROOT, ServiceProcess, settings_for
+from tests.service import ROOT, ServiceProcess, free_port, settings_for
 
 ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -162,10 +162,11 @@ def test_an_answer_that_is_taken_slowly_is_logged_when_it_is_sent(database, larg
 
 
 def test_an_answer_to_a_client_that_is_gone_is_cut_off_whole(database, clean_faults: EmulatorProcess) -> None:
-    with ServiceProcess(settings_for(database)) as service, Conversation(service.port) as client:
-        clean_faults.fault("latency", ms=500, operation="get")
+    settings = settings_for(database) | {"COUCHBASE_TIMEOUT_MS": "20000"}
+    with ServiceProcess(settings) as service, Conversation(service.port) as client:
+        clean_faults.fault("latency", ms=1500, operation="get")
         client.send(request("/api/v1/id/1", database.token))
-        wait_until(lambda: clean_faults.stats()["operations"].get("get", 0) > 0, 20, "it is asked for")
+        wait_until(lambda: clean_faults.stats()["operations"].get("get", 0) > 0, "it is asked for")
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
         client.socket.close()
         line = service.wait_for("request")
@@ -183,7 +184,7 @@ def writing_to(output: Any, database, port: int = 0) -> Iterator[ServiceProcess]
     try:
         yield service
         service.process.terminate()
-        assert service.process.wait(10) == 0
+        assert service.process.wait(30) == 0
     finally:
         service.process.kill()
         service.process.wait(10)
@@ -212,8 +213,7 @@ def test_a_log_that_nobody_reads_stops_nobody(database, kind: str) -> None:
 @pytest.mark.parametrize("path", [None, "/dev/full"], ids=["closed", "full"])
 def test_without_any_output_requests_are_answered_as_ever(database, path: str | None) -> None:
     """No line gets into an answer, either: a socket may have the number that the standard output had."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
 
     def listens() -> bool:
         with socket.socket() as stream:
@@ -221,7 +221,7 @@ def test_without_any_output_requests_are_answered_as_ever(database, path: str | 
 
     output = open(path, "wb") if path else contextlib.nullcontext()  # noqa: SIM115
     with output as file, writing_to(file, database, port) as service:
-        wait_until(listens, 20, "it listens")
+        wait_until(listens, "it listens")
         service.port = port
         service.wait_until_ready()
         with Conversation(port) as client:

@@ -29,7 +29,7 @@ def scrape(service: ServiceProcess) -> Samples:
 
 def scrape_with(service: ServiceProcess, requests: float, **labels: str) -> Samples:
     """Read the metrics once they have so many requests: answers are counted right after they have been sent."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while total(samples := scrape(service), "http_requests_total", **labels) < requests:
         assert time.monotonic() < deadline, total(samples, "http_requests_total", **labels)
     return samples

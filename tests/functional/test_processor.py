@@ -15,7 +15,7 @@ import micro_svc_demo
 from tests.service import ServiceProcess, settings_for
 
 ALL = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-MOVE_SECONDS = 60.0
+MOVE_SECONDS = 40.0
 LOOK_SECONDS = 2.0  # between two looks of a service at the most
 CALM_LOOKS = 12  # by the last it has moved, but for one time in thousands: of those that could it takes every second
 pytestmark = pytest.mark.skipif(len(ALL) < 2, reason="needs Linux and two processors")
@@ -86,7 +86,7 @@ def test_all_threads_are_on_one_processor_and_leave_it_when_it_is_crowded(databa
         with crowd(*home):
             moved = wait_for_a_move(service, *home)
         if moved is None:
-            pytest.skip("other tests have crowded all other processors for a minute")
+            pytest.skip("other tests have crowded all other processors for 40 s")
         assert moved in ALL - home
         assert len(processors(service.process.pid)) == 1
         assert service.get("/api/v1/id/1", database.token).status == 200

@@ -230,7 +230,7 @@ process.stdin.resume();
 """
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="needs Node, for its fetch")
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node, for its fetch (Debian's package nodejs)")
 def test_answers_without_a_body_leave_the_connection_to_the_next(service: ServiceProcess, database) -> None:
     """Node's fetch, while it runs, has few connections open after hundreds of 304s, 204s and answers to HEAD."""
     command = ["node", "--input-type=module", "--eval", FETCHES, "--", str(service.port), database.token]

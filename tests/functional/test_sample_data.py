@@ -152,7 +152,7 @@ def test_the_awkward_values_are_found_by_a_query(name: str, cluster: Cluster, em
     for number, values in AWKWARD.items():
         if name in values:
             statement = f"SELECT RAW record_id FROM `{USERS}` WHERE `{name}` = $value"  # noqa: S608 - constants
-            found = list(scope.query(statement, named_parameters={"value": values[name]}, timeout=timedelta(seconds=5)))
+            found = list(scope.query(statement, named_parameters={"value": values[name]}, timeout=timedelta(minutes=1)))
             assert found == [number]
 
 

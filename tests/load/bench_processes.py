@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import NamedTuple, Self
 from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, THREADING, Scenario, Setup
 from tests.load.bench_tools import PEERS, Tools
 from tests.load.clients import cpu_seconds, resident_bytes
-from tests.service import ROOT, ask
+from tests.service import ROOT, ask, free_port
 
 START_SECONDS = 30.0
 STOP_SECONDS = 25.0
@@ -31,13 +30,6 @@ ERROR_BYTES = 2000
 
 class RunError(Exception):
     """A service, or wrk, did not do what it should; the message is one line."""
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def command_for(setup: Setup, tools: Tools, port: int) -> list[str]:

@@ -11,7 +11,7 @@ import h11
 
 from tests.service import Answer
 
-TIMEOUT_SECONDS = 8.0
+TIMEOUT_SECONDS = 30.0
 RECEIVE_BYTES = 65_536
 
 

@@ -30,8 +30,7 @@ PROFILES = 1000
 TOKEN = "hostile-clients"
 MAX_RATIO = 2.0  # of the good client's p99, beside the others to alone
 MAX_IDLE_BYTES = 30 << 20  # that the idle connections may add to the process
-REPLY_SECONDS = 15.0
-SETTLE_SECONDS = 10.0
+REPLY_SECONDS = SETTLE_SECONDS = 30.0
 LOAD_CLIENTS = 50
 UNDER_WAY = 500  # answers before the signal: by then every client has had some
 SMALL_BUFFER_BYTES = 4096  # of a client that does not read: the sooner the service has to keep its answer
