@@ -426,6 +426,17 @@ async def test_degraded_when_no_batch_comes_back(bench: Bench) -> None:
 
 
 @in_the_loop
+async def test_degraded_nobody_waits_longer_than_the_time_out_to_know_what_is_slow(bench: Bench) -> None:
+    """A look at the vBuckets may take longer than a request may: 503 for those who wait, and nothing is asked for."""
+    bench.database.probe = lambda _asked, _seconds: bench.closing.wait(SECONDS)  # type: ignore[assignment, return-value]
+    bench.health.degrade(SECONDS)
+    clients = [*bench.profiles(1, 2, 1), bench.ask("/api/v1/picture/record/1")]
+    bench.database.timeout_seconds = 0.0  # now all of them have waited for longer
+    assert await statuses(*clients) == [503] * 4
+    assert bench.asked.empty() and bench.health.slow is None
+
+
+@in_the_loop
 async def test_a_batch_that_is_answered_in_part_opens_no_breaker(bench: Bench) -> None:
     """Of several nodes one is down: documents of the others are not refused."""
     clients = bench.profiles(*range(1, 13))
