@@ -18,6 +18,7 @@ from typing import NamedTuple
 from tests.deploy.kustomize import one, render
 from tests.deploy.pod import service_roles
 from tests.deploy.resources import mebibytes
+from tests.functional.conftest import COUNT, TOKEN
 from tests.sample_data import OneLineParser
 from tests.service import ROOT
 
@@ -27,11 +28,9 @@ PORTS = {"mgmt": 8091, "kv": 11210, "n1ql": 8093}
 """What is asked of a server, by the names that alternate addresses have for them."""
 ADMINISTRATOR = "Administrator"
 RIGHTS = "tests/functional/test_rights.py"
-PROFILES = 1000  # as many as the functional tests know of
 COMMAND_SECONDS = 900.0  # `run` pulls the image
 READY_SECONDS = 180.0
 POLL_SECONDS = 1.0
-STEP_SECONDS = 600.0
 
 
 class RealError(Exception):
@@ -207,7 +206,7 @@ def settings_for_tests(server: Server, plan: Plan, ports: dict[str, int]) -> dic
         "COUCHBASE_TEST_BUCKET": plan.bucket,
         "COUCHBASE_TEST_SERVICE_USER": plan.user,
         "COUCHBASE_TEST_SERVICE_PASSWORD": server.service_password,
-        "COUCHBASE_TEST_TOKEN": "real-tests",
+        "COUCHBASE_TEST_TOKEN": TOKEN,
     }
 
 
@@ -216,7 +215,7 @@ def provision(settings: dict[str, str]) -> None:
     names = ("HOST", "USER", "PASSWORD", "BUCKET")
     own = {f"COUCHBASE_{name}": settings[f"COUCHBASE_TEST_{name}"] for name in names}
     own["SAMPLE_TOKEN"] = settings["COUCHBASE_TEST_TOKEN"]
-    if python(["tests.sample_data", "--profiles", str(PROFILES)], own):
+    if python(["tests.sample_data", "--profiles", str(COUNT)], own):
         raise RealError("the bucket could not be filled; the line above says why")
 
 
