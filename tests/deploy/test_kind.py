@@ -30,7 +30,7 @@ esac
 
 
 def scripts() -> dict[str, str]:
-    """Return what the workflows run: each step's own lines, and the files of this checkout among them."""
+    """Return what the workflows run: each step's own lines, and the files of this checkout among them; and `.ci`."""
     steps = [
         (f"{path.name}: {name}", step["run"])
         for path in WORKFLOWS
@@ -40,7 +40,8 @@ def scripts() -> dict[str, str]:
     ]
     files = {text.strip() for _, text in steps if (ROOT / text.strip()).is_file()}
     assert files == {".ci/run", "tests/deploy/kind.sh"} and all(os.access(ROOT / name, os.X_OK) for name in files)
-    return dict(steps) | {name: (ROOT / name).read_text(encoding="utf-8") for name in files}
+    files |= {str(path.relative_to(ROOT)) for path in (ROOT / ".ci").iterdir()}
+    return dict(steps) | {name: (ROOT / name).read_text(encoding="utf-8") for name in sorted(files)}
 
 
 @pytest.mark.parametrize("text", scripts().values(), ids=scripts())
