@@ -5,6 +5,7 @@ picks free ports; a server behind them has to tell them as its alternate address
 """
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -93,16 +94,17 @@ class Server:
     run: Runner
     engine: str
     name: str = field(default_factory=lambda: f"demopy-real-{secrets.token_hex(4)}")
-    password: str = field(default_factory=lambda: secrets.token_urlsafe(18))
-    service_password: str = field(default_factory=lambda: secrets.token_urlsafe(18))
+    # in hexadecimal: a command line would take one that begins with a dash for a flag
+    password: str = field(default_factory=lambda: secrets.token_hex(16))
+    service_password: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def inside(self, *command: str) -> str:
         """Run a command in the container."""
         return self.run([self.engine, "exec", self.name, *command])
 
     def cli(self, verb: str, *flags: str) -> None:
-        """Run Couchbase's own command line as the administrator."""
-        self.inside("couchbase-cli", verb, "-c", "127.0.0.1", "-u", ADMINISTRATOR, "-p", self.password, *flags)
+        """Run Couchbase's own command line."""
+        self.inside("couchbase-cli", verb, "-c", "127.0.0.1", *flags)
 
     def http(self, method: str, service: str, path: str, **form: str) -> str:
         """Ask one of the services as the administrator; return the body of an answer of 200."""
@@ -136,6 +138,7 @@ def find_engine(run: Runner) -> str:
 
 def start(server: Server, image: str) -> None:
     """Start the container, its ports published on free ones of this machine alone."""
+    image = image if "/" in image else f"docker.io/library/{image}"  # Podman takes no short name for granted
     ports = [word for port in PORTS.values() for word in ("--publish", f"127.0.0.1::{port}")]
     server.run([server.engine, "run", "--detach", "--name", server.name, *ports, image])
 
@@ -171,16 +174,15 @@ def is_enterprise(server: Server) -> bool:
 
 def initialise(server: Server, plan: Plan, ports: dict[str, int]) -> None:
     """Make a cluster of one node of it, reachable from this machine, with the bucket."""
-    # as one node it can hold no replica
-    bucket = ("--bucket", plan.bucket, "--bucket-type", "couchbase", "--bucket-replica", "0")
     memory = ("--cluster-ramsize", str(plan.data_memory), "--cluster-index-ramsize", str(plan.index_memory))
     administrator = ("--cluster-username", ADMINISTRATOR, "--cluster-password", server.password)
-    server.inside(
-        *("couchbase-cli", "cluster-init", "-c", "127.0.0.1", "--services", "data,query,index"), *administrator, *memory
-    )
-    told = ",".join(f"{name}={port}" for name, port in ports.items())
-    server.cli("setting-alternate-address", "--set", "--hostname", "127.0.0.1", "--ports", told)
-    server.cli("bucket-create", *bucket, "--bucket-ramsize", str(plan.bucket_memory), "--wait")
+    server.cli("cluster-init", "--services", "data,query,index", *administrator, *memory)
+    told = {name: str(port) for name, port in ports.items()}
+    server.http("PUT", "mgmt", "/node/controller/setupAlternateAddresses/external", hostname="127.0.0.1", **told)
+    # as one node it can hold no replica
+    bucket = ("--bucket", plan.bucket, "--bucket-type", "couchbase", "--bucket-replica", "0")
+    quota = ("--bucket-ramsize", str(plan.bucket_memory))
+    server.cli("bucket-create", "-u", ADMINISTRATOR, "-p", server.password, *bucket, *quota, "--wait")
     wait_for("the query service", lambda: server.http("GET", "n1ql", "/admin/ping"))
 
 
@@ -280,7 +282,8 @@ def main(argv: Sequence[str] | None = None, run: Runner = run_command) -> int:
             if arguments.keep:
                 say(f"to take it down: {server.engine} rm --force --volumes {server.name}")
             else:
-                remove(server)
+                with contextlib.suppress(RealError):  # there is none, and why is on its way already
+                    remove(server)
     except NoEngineError as error:
         say(str(error))
         return 2
