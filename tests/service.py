@@ -58,7 +58,18 @@ def free_port() -> int:
 
 
 def settings_for(database: Any) -> dict[str, str]:
-    """Return the environment that points the service at a database: anything with the emulator process's attributes."""
+    """Return the environment that points the service at a database: anything with the emulator process's attributes.
+
+    The service signs in as the second user, if there is one: the first may do everything.
+    """
+    return administrator_settings(database) | {
+        "COUCHBASE_USER": getattr(database, "second_user", database.user),
+        "COUCHBASE_PASSWORD": getattr(database, "second_password", database.password),
+    }
+
+
+def administrator_settings(database: Any) -> dict[str, str]:
+    """Return the environment for one who may write to a database, too."""
     return {
         "COUCHBASE_HOST": database.connection_string,
         "COUCHBASE_USER": database.user,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.api_server import ApiServer
+from tests.deploy.commands import SECTION
 from tests.service import ROOT
 
 KUBECTL_SECONDS = 60
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Kubernetes\n")[2].partition("\n## ")[0]
 HAND_OVER, BACK = (
     block.strip().splitlines()
     for block in re.findall(r"^```\n(.*?)^```$", SECTION.partition("**Autoscaling.**")[2], re.MULTILINE | re.DOTALL)[:2]

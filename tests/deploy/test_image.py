@@ -1,11 +1,14 @@
 """The image: its Dockerfile is well-formed, lets in and installs only what it should, and what it makes runs."""
 
+import asyncio
+import errno
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,15 @@ from micro_svc_demo import __version__
 from tests.deploy.dockerfile import Build, DockerfileError, Image, context_files, ignore_rules, let_in
 from tests.deploy.kustomize import load, one
 from tests.deploy.running import CommandProcess, switched_user
+from tests.deploy.test_rolling_update import PROFILES, TOKEN, Load
 from tests.emulator.process import EmulatorProcess
-from tests.service import ROOT, free_port, settings_for
+from tests.service import ROOT, ServiceProcess, free_port, settings_for
 
 LOCKS = (".requirements.lock", ".requirements-sample-data.lock")
 RUN_SECONDS = 60
 BUILD_SECONDS = 900
+BUSY = 500
+"""How many requests make a load."""
 
 
 @pytest.fixture(scope="module")
@@ -245,25 +251,69 @@ class TestRunning:
 
 
 def test_real_build() -> None:
-    """With DEPLOY_TEST_ENGINE=docker (or buildah, podman): the image is built and run, read-only and without rights."""
+    """With DEPLOY_TEST_ENGINE=docker (or podman, buildah): the image is built, and run with no rights, read-only.
+
+    It is the user that the manifests name, and drains: none of the requests of busy clients is lost when it is stopped.
+    """
     engine = os.environ.get("DEPLOY_TEST_ENGINE")
     if not engine:
         pytest.skip("needs DEPLOY_TEST_ENGINE=podman, docker or buildah (Debian's packages podman, docker.io, buildah)")
     assert shutil.which(engine), f"there is no {engine}"
-    tag = "demopy:deploy-test"
+    tag = name = "demopy-deploy-test"
     verb = ["bud", "--format", "docker"] if engine == "buildah" else ["build"]
     subprocess.run([engine, *verb, "--tag", tag, "."], cwd=ROOT, check=True, timeout=BUILD_SECONDS)
     if engine == "buildah":
         return
-    with EmulatorProcess(profiles=5, token="t") as emulator:
+    with EmulatorProcess(profiles=PROFILES, token=TOKEN) as emulator:
         port, metrics_port = free_port(), free_port()
         settings = settings_for(emulator) | {"SERVICE_PORT": str(port), "METRICS_PORT": str(metrics_port)}
-        flags = [word for name, value in settings.items() for word in ("--env", f"{name}={value}")]
+        flags = [word for setting, value in settings.items() for word in ("--env", f"{setting}={value}")]
         limits = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", "host"]
-        command = [engine, "run", "--rm", "--init=false", *limits, *flags, tag]
+        command = [engine, "run", "--rm", "--name", name, "--init=false", *limits, *flags, tag]
         with CommandProcess(command, ROOT, dict(os.environ)) as service:
-            assert service.get("/api/v1/id/1", "t").status == 200
-            assert service.stop() == 0
+            told = subprocess.run(
+                [engine, "exec", name, "python", "-c", WHO],
+                capture_output=True,
+                text=True,
+                timeout=RUN_SECONDS,
+                check=True,
+            )
+            assert told.stdout.split() == ["10001", "10001", "0" * 16, "1", str(errno.EROFS)]
+            outcomes, code = asyncio.run(drained(service))
+    assert code == 0 and set(outcomes) == {"200"} and outcomes["200"] > BUSY, outcomes
+
+
+WHO = """
+import os, re
+status = open("/proc/1/status").read()
+print(os.getuid(), os.getgid(), *re.findall(r"^(?:CapEff|NoNewPrivs):\\t(.+)", status, re.MULTILINE))
+try:
+    open("/app/new", "w")
+except OSError as error:
+    print(error.errno)
+"""
+"""Tells what a container's process may do."""
+
+
+async def drained(service: ServiceProcess) -> tuple[Counter[str], int]:
+    """Stop the service while clients are busy; return what came of their requests, and its exit code."""
+    load = Load(service.port)
+    clients = [asyncio.create_task(load.keep_alive(0.002)) for _ in range(8)]
+    async with asyncio.timeout(RUN_SECONDS):
+        while load.outcomes["200"] <= BUSY:
+            await asyncio.sleep(0.01)  # until there is a load; it has no event to wait for
+        code = await asyncio.to_thread(service.stop)
+        ended = await asyncio.gather(*clients, return_exceptions=True)
+    # each was told to connect anew, and there is nobody any more
+    assert all(isinstance(each, ConnectionRefusedError) for each in ended), ended
+    return load.outcomes, code
+
+
+def test_busy_clients_lose_nothing_in_a_drain() -> None:
+    """What `test_real_build` asks of a container, of a process."""
+    with EmulatorProcess(profiles=PROFILES, token=TOKEN) as emulator, ServiceProcess(settings_for(emulator)) as service:
+        outcomes, code = asyncio.run(drained(service))
+    assert code == 0 and set(outcomes) == {"200"}, outcomes
 
 
 def test_version_is_the_services(tmp_path: Path) -> None:

@@ -3,13 +3,8 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from couchbase import exceptions as cb
-from couchbase.auth import PasswordAuthenticator
-from couchbase.cluster import Cluster
-from couchbase.options import ClusterOptions
 
 from micro_svc_demo import ROWS, read_settings
 from tests.deploy.dockerfile import Build
@@ -160,7 +155,10 @@ class TestTimings:
 
 
 class TestLeastRights:
-    """The roles of `k8s/couchbase`, as the emulator enforces them, are enough for the service, and only for it."""
+    """The roles of `k8s/couchbase`, as the emulator enforces them, are enough for the service, and none is too much.
+
+    That they allow nothing else is tests/functional/test_rights.py's to say, of a real server too.
+    """
 
     @pytest.mark.parametrize(
         "path",
@@ -199,41 +197,6 @@ class TestLeastRights:
                 assert "'nowhere'" in str(service.wait_for(message)[member])
             finally:
                 assert service.stop() == (setting == "COUCHBASE_BUCKET")
-
-    @pytest.fixture
-    def scope(self, database: EmulatorProcess) -> Iterator[Any]:
-        authenticator = PasswordAuthenticator(USER, database.second_password, cert_path=database.ca_file)
-        cluster = Cluster(database.tls_connection_string, ClusterOptions(authenticator))
-        try:
-            yield cluster.bucket(database.bucket).scope("profiles")
-        finally:
-            cluster.close()
-
-    @pytest.mark.parametrize("collection", ["user_data", "user_images", "service_auth"])
-    def test_writes_are_refused(self, scope: Any, collection: str) -> None:
-        """By key-value (0x24), in each of the three collections, whether the document is there or not."""
-        for operation in ("upsert", "insert"):
-            with pytest.raises(cb.CouchbaseException) as refused:
-                getattr(scope.collection(collection), operation)(f"{collection}:new", {"token": "mine"})
-            assert "auth" in str(refused.value).lower() or "access" in str(refused.value).lower()
-        with pytest.raises(cb.CouchbaseException):
-            scope.collection(collection).remove(f"{collection}:1")
-        assert scope.collection(collection).exists(f"{collection}:1").exists
-
-    @pytest.mark.parametrize(
-        "statement",
-        [
-            "SELECT RAW t.token FROM service_auth AS t USE KEYS 'service_auth:1'",
-            "SELECT RAW i FROM user_images AS i USE KEYS 'user_images:1'",
-            "CREATE INDEX mine ON user_data(name)",
-            "DROP INDEX by_nickname ON user_data",
-        ],
-    )
-    def test_other_statements_are_refused(self, scope: Any, statement: str) -> None:
-        """By the query service (13014): looking into other collections, and changing indexes."""
-        with pytest.raises(cb.CouchbaseException) as refused:
-            list(scope.query(statement))
-        assert "13014" in str(refused.value)
 
     def test_a_role_less_is_not_enough(self, pod: Pod, roles: str, tmp_path: Path) -> None:
         """Each of them is needed: without it something of the service's fails."""

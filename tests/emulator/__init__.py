@@ -18,7 +18,7 @@ from tests import sample_data
 from tests.emulator import control
 from tests.emulator.documents import Cluster, Collection
 from tests.emulator.engine import RELEASES, QueryEngine
-from tests.emulator.faults import FaultError, Faults
+from tests.emulator.faults import SERVICES, FaultError, Faults
 from tests.emulator.kv import KeyValueService
 from tests.emulator.layout import Layout, NodePorts
 from tests.emulator.management import Management, guard
@@ -42,6 +42,7 @@ class Options:
         nodes: One or two.
         replicas: 0, or 1 with two nodes.
         kv_port, query_port, management_port: The first node's ports, 0 for free ones; the second node's are one higher.
+        kv_tls_port, query_tls_port, management_tls_port: The same of the TLS ports.
         faults_port: The port that the faults are switched on and off by.
         tls: Whether there are TLS ports too.
         tls_cert: Which certificate: one of ``tls.CERTIFICATES``.
@@ -63,6 +64,9 @@ class Options:
     kv_port: int = 0
     query_port: int = 0
     management_port: int = 0
+    kv_tls_port: int = 0
+    query_tls_port: int = 0
+    management_tls_port: int = 0
     faults_port: int = 0
     tls: bool = False
     tls_cert: str = "good"
@@ -203,9 +207,10 @@ class Emulator:
         if options.tls:
             self._directory = Path(tempfile.mkdtemp(prefix="emulator-tls-"))
             context, self.ca_file = make_certificate(options.tls_cert, options.host, self._directory)
-        wanted = {"kv": options.kv_port, "query": options.query_port, "management": options.management_port}
+        kinds = ("_port", "_tls_port") if options.tls else ("_port",)
+        wanted = [{service: getattr(options, service + kind) for service in SERVICES} for kind in kinds]
         ports = [
-            NodePorts({service: port + index if port else 0 for service, port in wanted.items()})
+            NodePorts(*({service: port and port + index for service, port in each.items()} for each in wanted))
             for index in range(options.nodes)
         ]
         layout = Layout(ports, options.replicas)

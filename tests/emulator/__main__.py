@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--host", help="the address to listen on")
     flags.add_argument("--nodes", type=int, choices=(1, 2), help="how many nodes")
     flags.add_argument("--replicas", type=int, choices=(0, 1), help="replicas of each document (needs two nodes)")
-    for service in ("kv", "query", "management", "faults"):
+    for service in ("kv", "query", "management", "faults", "kv-tls", "query-tls", "management-tls"):
         flags.add_argument(f"--{service}-port", type=port, metavar="PORT", help="0, the default, is a free one")
     flags.add_argument("--tls", action="store_true", help="listen on TLS ports too")
     flags.add_argument("--tls-cert", choices=CERTIFICATES, help="which certificate the TLS ports show")

@@ -135,11 +135,12 @@ def test_random_secrets_differ() -> None:
         assert one.token != two.token
 
 
-def test_a_port_in_use_is_one_line_and_exit_code_2(emulator: EmulatorProcess) -> None:
+@pytest.mark.parametrize("flag", ["kv_port", "management_tls_port"])
+def test_a_port_in_use_is_one_line_and_exit_code_2(emulator: EmulatorProcess, flag: str) -> None:
     """Whoever starts a second one on the same port is told so."""
     with (
         pytest.raises(EmulatorFailedError, match=f"^exit code 2: .*port {emulator.kv_port} .*in use$"),
-        EmulatorProcess(kv_port=emulator.kv_port),
+        EmulatorProcess(tls=True, **{flag: emulator.kv_port}),
     ):
         pass
 

@@ -26,7 +26,7 @@ from tests.load import (
 )
 from tests.load.bench_backend import Backend
 from tests.load.bench_report import Results
-from tests.service import ROOT, ServiceProcess, free_port, settings_for
+from tests.service import ROOT, ServiceProcess, administrator_settings, free_port, settings_for
 
 SCENARIOS = (
     "by-id-32,wrong-token,nickname,picture,new-connection,latency-1ms-32,two-processes-32,other-log,other-affinity"
@@ -139,7 +139,7 @@ class TestCommandLine:
 @pytest.fixture(scope="module")
 def backend(database: Any) -> Iterator[Backend]:
     """The tests' database, used as a cluster of one's own would be."""
-    with bench_backend.cluster(settings_for(database)) as backend:
+    with bench_backend.cluster(administrator_settings(database)) as backend:
         yield backend
 
 

@@ -17,7 +17,7 @@ import micro_svc_demo
 from tests.chaos.clients import wait_until
 from tests.emulator.process import EmulatorProcess
 from tests.load.clients import Conversation, request
-from tests.service import ROOT, ServiceProcess, free_port, settings_for
+from tests.service import ROOT, ServiceProcess, administrator_settings, free_port, settings_for
 
 ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -116,7 +116,7 @@ def test_client_is_the_first_from_the_right_that_is_no_trusted_proxy(
 @pytest.fixture(scope="module")
 def large(database) -> Iterator[str]:
     """The path of a document that no socket's buffers take at once."""
-    settings = micro_svc_demo.read_settings([], settings_for(database))
+    settings = micro_svc_demo.read_settings([], administrator_settings(database))
     cluster = micro_svc_demo.open_cluster(settings)
     users = cluster.bucket(settings.couchbase_bucket).scope(settings.couchbase_scope).collection("user_data")
     users.upsert("user_data:large", json.dumps({"x": "y" * 12_000_000}))

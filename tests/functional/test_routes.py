@@ -18,7 +18,7 @@ import micro_svc_demo
 from tests import sample_data
 from tests.functional.conftest import COUNT
 from tests.load.hostile import open_connections
-from tests.service import ServiceProcess, settings_for
+from tests.service import ServiceProcess, administrator_settings
 
 SEED = sample_data.DEFAULT_SEED
 PROFILES = list(sample_data.profiles(COUNT, SEED))
@@ -35,7 +35,7 @@ def by(field: str) -> dict[str, list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def scope(database) -> Any:
     """The SDK's scope of the same database, to change documents behind the service's back."""
-    settings = micro_svc_demo.read_settings([], settings_for(database))
+    settings = micro_svc_demo.read_settings([], administrator_settings(database))
     cluster = micro_svc_demo.open_cluster(settings)
     yield cluster.bucket(settings.couchbase_bucket).scope(settings.couchbase_scope)
     cluster.close()
