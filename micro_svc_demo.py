@@ -1214,10 +1214,10 @@ class Tls(asyncio.Protocol):
         self._connection, self._open, self._ended = connection, False, False  # after the handshake; our end is sent
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        for name in ("eof_received", "pause_writing", "resume_writing"):  # of these nothing is different
+        for name in ("pause_writing", "resume_writing"):  # these hooks are the same
             setattr(self, name, getattr(connection, name))
 
-    def __getattr__(self, name: str) -> Any:  # and of the transport's `abort`, `pause_reading` and so on
+    def __getattr__(self, name: str) -> Any:  # and what else there is of the transport
         return getattr(self._below, name)
 
     def connection_made(self, transport: Any) -> None:
@@ -1257,9 +1257,16 @@ class Tls(asyncio.Protocol):
         self._below.write(self._outgoing.read())  # of the handshake
         if plain := b"".join(parts):
             connection.data_received(plain)
-        if len(parts) > 1 and not parts[-1] and not connection.eof_received():
-            self.close()
+        if len(parts) > 1 and not parts[-1]:
+            self.eof_received()
         return None
+
+    def eof_received(self) -> bool:
+        """Pass on the client's end, in TLS' words or in TCP's alone."""
+        if self._connection.eof_received():
+            return True
+        self.close()
+        return False
 
     def _opened(self) -> None:
         connection, self._open = self._connection, True
@@ -1283,19 +1290,27 @@ class Tls(asyncio.Protocol):
         return cast("None", self._below.write(b"".join(parts)))
 
     def write_eof(self) -> None:
-        """Send this side's end, in TLS' words and in TCP's."""
-        if not self._ended:
-            self._ended = True
-            with contextlib.suppress(ssl.SSLError):  # the client's own is not there yet
-                self._tls.unwrap()
-            self._below.write(self._outgoing.read())
+        """Say that nothing more comes."""
+        self._end()
         self._below.write_eof()
 
     def close(self) -> None:
         """Close after what waits has been sent."""
-        with contextlib.suppress(OSError):
-            self.write_eof()
+        self._end()
         self._below.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._end()
+        self._below.abort()
+
+    def _end(self) -> None:
+        """Say in TLS' own words, before TCP's, that nothing more comes."""
+        if not self._ended:
+            self._ended = True
+            with contextlib.suppress(ssl.SSLError):  # the client's own word is not there yet
+                self._tls.unwrap()
+            self._below.write(self._outgoing.read())
 
 
 def server_context(settings: Settings) -> tuple[ssl.SSLContext, float]:
