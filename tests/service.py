@@ -48,7 +48,7 @@ class Certificates:
     def __init__(self, directory: Path) -> None:
         """Make both, with all files in a directory."""
         self.authority, self.ca_file = trustme.CA(), directory / "ca.pem"
-        self.authority.cert_pem.write_to_path(str(self.ca_file))
+        self.authority.cert_pem.write_to_path(self.ca_file)
         self.cert, self.key = directory / "tls.crt", directory / "tls.key"
         self.settings = {"SERVICE_TLS_CERT": str(self.cert), "SERVICE_TLS_KEY": str(self.key)}
         self.renew()
@@ -56,15 +56,21 @@ class Certificates:
     def renew(self, **validity: Any) -> None:
         """Put another certificate in place of the service's."""
         made = self.authority.issue_cert("localhost", "127.0.0.1", "::1", **validity)
-        made.private_key_pem.write_to_path(str(self.key))
+        made.private_key_pem.write_to_path(self.key)
         self.cert.write_bytes(b"".join(pem.bytes() for pem in made.cert_chain_pems))
 
     def client(self, name: str | None = None) -> ssl.SSLContext:
         """Return what a client needs that trusts the authority; with a name, one that has a certificate itself."""
         context = ssl.create_default_context(cafile=str(self.ca_file))
         if name is not None:
-            self.authority.issue_cert("client.example", common_name=name).configure_cert(context)
+            context.load_cert_chain(self.client_file(name))
         return context
+
+    def client_file(self, name: str) -> Path:
+        """Make a certificate for a client; return the file with it and its key."""
+        path = self.ca_file.with_name("client.pem")
+        self.authority.issue_cert("client.example", common_name=name).private_key_and_cert_chain_pem.write_to_path(path)
+        return path
 
 
 def ask(

@@ -384,7 +384,7 @@ class TestMeasurements:
         assert ended.returncode in {0, 1}, ended.stderr
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ended.stdout.splitlines()]
         assert rows[0] == ["what", "bound", "measured", ""]
-        assert len(rows) == 2 + 5
+        assert len(rows) == 2 + 6
         assert all(verdict == "good" for what, _, _, verdict in rows[2:] if not what.startswith("p99"))
         assert ended.returncode == any(row[3] == "MISSED" for row in rows)
 
