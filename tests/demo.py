@@ -203,7 +203,7 @@ class Demo:
         }
 
     def _encrypted(self, stack: ExitStack) -> tuple[dict[str, str], ssl.SSLContext | None, str]:
-        """Make certificates if they are wanted; return the service's settings, and what clients need, curl its flags."""
+        """Make certificates if wanted; return the service's settings, and what clients need: this one, and curl."""
         if self._arguments.tls is None:
             return {}, None, ""
         folder = Path(self._arguments.tls or stack.enter_context(tempfile.TemporaryDirectory()))

@@ -41,6 +41,13 @@ class TlsPort(int):
 
     tls: ssl.SSLContext
 
+    @classmethod
+    def of(cls, port: int, tls: ssl.SSLContext) -> Self:
+        """Make one of a number."""
+        made = cls(port)
+        made.tls = tls
+        return made
+
 
 class Certificates:
     """An authority of the tests' own, and the files of a certificate by it, for the service's settings."""
@@ -137,8 +144,7 @@ class ServiceProcess:
         listening = self.wait_for("listening")
         self.port: int = listening["port"]
         if self.tls:
-            self.port = TlsPort(self.port)
-            self.port.tls = self.tls
+            self.port = TlsPort.of(self.port, self.tls)
         self.metrics_port: int = listening["metrics_port"]
         return self
 

@@ -213,7 +213,7 @@ DEMOS, CURLS = ([line for line in COMMANDS if line.startswith(start)] for start 
 
 @needs_signals
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-@pytest.mark.parametrize(("flags", "curl"), zip(DEMOS, CURLS, strict=True))
+@pytest.mark.parametrize(("flags", "curl"), [*zip(DEMOS, CURLS, strict=True)])
 def test_readmes_commands_for_tls_work(run_demo: Any, tmp_path: Path, flags: str, curl: str) -> None:
     """As typed but for ports and folder: curl gets in with what README names, and with nothing less."""
     folder = str(tmp_path / "certificates")

@@ -90,7 +90,7 @@ def test_connection_string(environ: dict[str, str], connection_string: str) -> N
         ("SERVICE_PORT", "65536"),
         ("SERVICE_PORT", "-1"),
         ("SERVICE_TLS_CERT", "/no/such/file"),
-        ("SERVICE_TLS_KEY", "/tmp"),
+        ("SERVICE_TLS_KEY", "."),
         ("SERVICE_TLS_CLIENT_CA", "/no/such/file"),
         ("METRICS_PORT", "none"),
         ("THREADS", "+8"),
