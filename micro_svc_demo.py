@@ -1201,8 +1201,8 @@ class Connection(asyncio.Protocol):
 
 
 # ── TLS ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Not asyncio's, in which a client's end cuts off the answers under way, what the transport below holds counts as sent,
-# and a connection has a buffer of 256 KiB (3.11 to 3.14). Here all of that is as in plain.
+# Not asyncio's own, in which a client's end cuts off the answers under way, what waits in the socket's transport counts
+# as sent, and each connection has a buffer of 256 KiB (3.11 to 3.13). Here flow control and both ends are as in plain.
 _ODD = re.compile(r"[^A-Za-z0-9 ._@:/*-]")  # in a client's name
 _PLAIN_HTTP = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n\r\nspeak HTTPS here\n"
 
@@ -1211,7 +1211,8 @@ class Tls(asyncio.Protocol):
     """TLS on memory (`ssl.MemoryBIO`): for asyncio's transport the protocol, for a `Connection` the transport."""
 
     def __init__(self, connection: Connection, context: ssl.SSLContext) -> None:
-        self._connection, self._open, self._ended = connection, False, False  # after the handshake; our end is sent
+        self._connection, self._below = connection, cast("Any", None)
+        self._open = self._ended = False  # after the handshake; our own end is sent
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         for name in ("pause_writing", "resume_writing"):  # these hooks are the same
@@ -1234,9 +1235,9 @@ class Tls(asyncio.Protocol):
         self._connection.transport = self._below  # no cycle is left, which would wait for the garbage collector
 
     def data_received(self, data: bytes) -> None:
-        """Decrypt what has come; of one to whom no more is said, pass on that something has."""
+        """Shake hands, then decrypt and pass on."""
         connection, parts = self._connection, [b""]
-        if self._ended:
+        if self._ended:  # what it says is of no interest any more, only that it does
             return connection.data_received(data)
         self._incoming.write(data)
         try:
@@ -1254,7 +1255,8 @@ class Tls(asyncio.Protocol):
             connection.server.log.event("debug", "TLS failed", error=describe(error), client=connection.address)
             self._below.write(_PLAIN_HTTP if error.reason == "HTTP_REQUEST" else self._outgoing.read())  # an alert
             return cast("None", self._below.close())
-        self._below.write(self._outgoing.read())  # of the handshake
+        if self._outgoing.pending:  # of the handshake
+            self._below.write(self._outgoing.read())
         if plain := b"".join(parts):
             connection.data_received(plain)
         if len(parts) > 1 and not parts[-1]:
@@ -1273,7 +1275,7 @@ class Tls(asyncio.Protocol):
         if connection.state == connection.READING:
             connection.deadline = time.monotonic() + connection.server.idle_seconds
         if certificate := cast("dict[str, Any] | None", self._tls.getpeercert()):
-            names = dict(pair for names in certificate["subject"] for pair in names)
+            names = dict(pair for part in certificate["subject"] for pair in part)
             connection.client_cert = f', "client_cert": "{_ODD.sub("?", names.get("commonName", "-")[:64])}"'
 
     def write(self, data: bytes) -> None:
@@ -1315,22 +1317,23 @@ class Tls(asyncio.Protocol):
 
 def server_context(settings: Settings) -> tuple[ssl.SSLContext, float]:
     """Return what speaks TLS, and until when its certificate is valid (in s of the epoch); SettingsError: no use."""
-    cert, key, what = cast("str", settings.tls_cert), settings.tls_key, "SERVICE_TLS_CLIENT_CA"
+    cert, what = cast("str", settings.tls_cert), "SERVICE_TLS_CERT, SERVICE_TLS_KEY"
     try:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=settings.tls_client_ca)
-        context.verify_mode = ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
-        what = "SERVICE_TLS_CERT, SERVICE_TLS_KEY"
-        context.load_cert_chain(cert, key, "")  # without a passphrase it would ask the terminal for one
+        context.load_cert_chain(cert, settings.tls_key, "")  # else it would ask the terminal for a passphrase
         # a client that trusts this certificate finds out whether it is valid, and until when
         client, to_server, to_client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.MemoryBIO(), ssl.MemoryBIO()
         client.check_hostname, client.verify_flags = False, client.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN
         client.load_verify_locations(cert)
         seen = client.wrap_bio(to_client, to_server)
-        for side in (seen, context.wrap_bio(to_server, to_client, server_side=True), seen):
+        for side in [seen, context.wrap_bio(to_server, to_client, server_side=True)] * 2:
             with contextlib.suppress(ssl.SSLWantReadError):
                 side.do_handshake()
+        if settings.tls_client_ca:
+            what, context.verify_mode = "SERVICE_TLS_CLIENT_CA", ssl.CERT_REQUIRED
+            context.load_verify_locations(settings.tls_client_ca)
         return context, ssl.cert_time_to_seconds(cast("Any", seen.getpeercert())["notAfter"])
     except OSError as error:
         allowed = "PEM files with a certificate that is valid now and its key, without a passphrase"
