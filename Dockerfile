@@ -61,8 +61,9 @@ COPY --from=packages /app /app
 USER 10001:10001
 # The API; and metrics with the probes, which is not for the public.
 EXPOSE 8080 9090
-# -I: nothing but the standard library, and no setting of the environment, decides about health.
+# -I: nothing but the standard library, and no setting of Python's, decides about health. It speaks TLS where the API does,
+# and trusts its own process; where clients need a certificate, it asks the metrics port.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
-    CMD ["python", "-I", "-c", "import http.client, os, sys; connection = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('SERVICE_PORT') or 8080), timeout=2); connection.request('GET', '/healthz'); sys.exit(connection.getresponse().status != 200)"]
+    CMD ["python", "-I", "-c", "import http.client as http, os, ssl, sys; get = os.environ.get; mutual = get('SERVICE_TLS_CLIENT_CA'); port = get('METRICS_PORT') or 9090 if mutual else get('SERVICE_PORT') or 8080; where = {'host': '127.0.0.1', 'port': int(port), 'timeout': 2}; connection = http.HTTPSConnection(**where, context=ssl._create_unverified_context()) if get('SERVICE_TLS_CERT') and not mutual else http.HTTPConnection(**where); connection.request('GET', '/healthz'); sys.exit(connection.getresponse().status != 200)"]
 # No shell in between: SIGTERM reaches Python. As a module it is run from its bytecode.
 CMD ["python", "-m", "micro_svc_demo"]

@@ -108,6 +108,7 @@ def _file(text: str) -> str:
         return text
 
 
+_PEM = "a readable PEM file", _file
 _HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _HOSTS = rf"{_HOST}(?:,{_HOST})*"
 _CLUSTER_TEXT = "host[:port], several with commas, or couchbase[s]://..."
@@ -133,12 +134,15 @@ class Settings:
     couchbase_bucket: str = _row("sample_app", _matching(_NAME, "a bucket's name"), "the bucket")
     couchbase_scope: str = _row("profiles", _matching(_NAME, "a scope's name"), "the scope of the collections")
     couchbase_tls: bool = _row("true", _SWITCH, "TLS to Couchbase, unless the host is a whole URL")
-    couchbase_tls_ca: str | None = _row(None, ("a readable PEM file", _file), "the only roots to trust")
+    couchbase_tls_ca: str | None = _row(None, _PEM, "the only roots to trust")
     couchbase_tls_verify: bool = _row("true", _SWITCH, "whether certificates are verified")
     couchbase_network: str = _row("auto", _choice("auto, default or external"), "which of the nodes' addresses to use")
     couchbase_timeout_ms: int = _row("2500", _integer(10, 60_000), "time-out of a key-value operation")
     couchbase_query_timeout_ms: int = _row("5000", _integer(10, 120_000), "time-out of a query")
     port: int = _row("8080", _integer(0, 65535), "where the API listens; 0 picks a free port")
+    tls_cert: str | None = _row(None, _PEM, "the API speaks HTTPS with this certificate, its chain behind it")
+    tls_key: str | None = _row(None, _PEM, "the key of that certificate")
+    tls_client_ca: str | None = _row(None, _PEM, "only clients with a certificate of this authority get in")
     metrics_port: int | None = _row("9090", _PORT_OR_OFF, "where /metrics and the probes listen")
     threads: int = _row("8", _integer(1, 256), "query threads")
     max_connections: int = _row("10000", _integer(1, 1_000_000), "clients")
@@ -166,7 +170,7 @@ class Settings:
 
 ROWS: list[dict[str, Any]] = [{"name": row.name, **row.metadata} for row in fields(Settings)]
 for setting in ROWS:
-    setting["env"] = "SERVICE_PORT" if setting["name"] == "port" else setting["name"].upper()
+    setting["env"] = re.sub("^(?=PORT|TLS)", "SERVICE_", setting["name"].upper())
     setting["flag"] = None if setting["secret"] else "--" + setting["name"].replace("_", "-")
 
 
@@ -197,6 +201,8 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         except (ValueError, KeyError, TypeError, OSError):
             shown = "its value is not allowed" if row["secret"] else f"{text[:60]!r} is not allowed"
             raise SettingsError(f"{where}: {shown}; allowed: {row['allowed']}") from None
+    if bool(values["tls_cert"]) != bool(values["tls_key"]) or (values["tls_client_ca"] and not values["tls_cert"]):
+        raise SettingsError("SERVICE_TLS_CERT, SERVICE_TLS_KEY: allowed: both or none; both for SERVICE_TLS_CLIENT_CA")
     return _with_password(Settings(**values))
 
 
@@ -598,7 +604,7 @@ class ProfileServer(ThreadingHTTPServer):
     request_queue_size = 1024
 
     def __init__(self, settings: Settings, store: ProfileStore, log: Log, metrics: Metrics) -> None:
-        """Bind both ports (OSError if one is in use); nothing is served before `serve_forever`."""
+        """Bind both ports; OSError if one is in use, SettingsError if TLS is not possible. `serve_forever` serves."""
         self.settings, self.store, self.log, self.metrics = settings, store, log, metrics
         self.pictures = Pictures()
         self.tracer: Any = None
@@ -614,6 +620,10 @@ class ProfileServer(ThreadingHTTPServer):
         self.clients, self.failure = 0, ""  # connections but those of the metrics port; what waiting cannot cure
         self.answered: list[ProfileHandler] = []  # in this turn, sent or cut off: still to be counted and logged
         self._stopping = asyncio.Event()
+        self.tls: ssl.SSLContext | None = None  # for new clients; None: plain
+        self.certificate: dict[str, Any] = {"tls": False}  # for the log
+        self.certificate_expires, self._certificate_files = 0.0, list[bytes]()  # what they held; in s of the epoch
+        self.renew_certificate()
         family = socket.AF_INET6 if (both := socket.has_dualstack_ipv6()) else socket.AF_INET
         listen = functools.partial(socket.create_server, family=family, dualstack_ipv6=both)
         self.metrics_socket = None if settings.metrics_port is None else listen(("", settings.metrics_port))
@@ -638,13 +648,17 @@ class ProfileServer(ThreadingHTTPServer):
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self.shutdown)
         # asyncio accepts `backlog` clients at a time, and as often fails where no descriptor is left
-        listening = await loop.create_server(lambda: Connection(self), sock=self.socket, backlog=8)
+        listening = await loop.create_server(self._admit, sock=self.socket, backlog=8)
         self.socket.listen(self.request_queue_size)
         if self.metrics_socket:
             await loop.create_server(lambda: Connection(self, internal=True), sock=self.metrics_socket, backlog=8)
         keeper = loop.create_task(self._keep_ready())
         while not self._stopping.is_set():
             self.service_actions()
+            try:
+                self.renew_certificate()
+            except SettingsError as error:
+                self.log.event("error", "the certificate was not renewed; the one before stays", error=str(error))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), poll_interval)
         # now it drains: nobody is let in any more, and all clients get their answers
@@ -654,7 +668,7 @@ class ProfileServer(ThreadingHTTPServer):
                 admitted.append(self.socket.accept()[0])  # whoever the kernel has already let in
         listening.close()  # before anyone is told to close: who then comes back must not find this one
         for client in admitted:
-            await loop.connect_accepted_socket(lambda: Connection(self), client)
+            await loop.connect_accepted_socket(self._admit, client)
         self.draining = True
         self.tell_ready()
         while self.clients and time.monotonic() < started + self.settings.shutdown_seconds:
@@ -669,6 +683,22 @@ class ProfileServer(ThreadingHTTPServer):
             signal.signal(number, signal.SIG_IGN)
         for connection in self.connections:
             connection.abort()
+
+    def _admit(self) -> Connection | Tls:
+        """Return the protocol of a new client of the API."""
+        return Tls(Connection(self), self.tls) if self.tls else Connection(self)
+
+    def renew_certificate(self) -> None:
+        """Take what the files of the certificate hold for new clients, if that is new; SettingsError: it is no use."""
+        paths = filter(None, (self.settings.tls_cert, self.settings.tls_key, self.settings.tls_client_ca))
+        # the content, as kubelet swaps a link to their folder; what is no use is told once
+        before, self._certificate_files = self._certificate_files, [_content(path) for path in paths]
+        if self._certificate_files != before:
+            self.tls, self.certificate_expires = server_context(self.settings)
+            until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.certificate_expires))
+            self.certificate = {"tls": True, "certificate_until": until}
+            if before:
+                self.log.event("info", "certificate renewed", **self.certificate)
 
     def service_actions(self) -> None:
         """Keep the connections' deadlines."""
@@ -733,6 +763,7 @@ class ProfileServer(ThreadingHTTPServer):
         for service, state in self.store.health.breaker_states().items():
             numbers["couchbase_breaker_state", service] = Breaker.STATES.index(state)
         numbers["http_connections",] = self.clients
+        numbers["tls_certificate_expiry_seconds",] = self.certificate_expires
         numbers["http_requests_in_flight",] = sum(each.state == Connection.ANSWERING for each in self.connections)
         numbers["log_lines_dropped_total",] = self.log.dropped
         return self.metrics.render()
@@ -767,6 +798,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         log, metrics = Log(settings.log_level, access=settings.access_log), Metrics()
         server = ProfileServer(settings, ProfileStore(settings, log, metrics), log, metrics)
+    except SettingsError as error:
+        print(f"micro_svc_demo: {error}", file=sys.stderr)
+        return 2
     except (OSError, RuntimeError) as error:  # a port is in use; no thread can be started
         ports = f"SERVICE_PORT {settings.port} and METRICS_PORT {settings.metrics_port}"
         print(f"micro_svc_demo: cannot start with {ports}: {error}", file=sys.stderr)
@@ -775,7 +809,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     metrics_port = server.metrics_socket.getsockname()[1] if server.metrics_socket else None
     listening = {"address": address, "port": port, "metrics_port": metrics_port, "cluster": cluster}
     listening |= {"bucket": settings.couchbase_bucket, "scope": settings.couchbase_scope, "threads": settings.threads}
-    log.event("info", "listening", version=__version__, **listening)
+    log.event("info", "listening", version=__version__, **listening, **server.certificate)
     server.processor, server.tracer = processor, find_tracer(log)
     if (most := settings.max_connections) < wanted:
         log.event("warning", "MAX_CONNECTIONS is more than the limit of open files (ulimit -n) lets in", clients=most)
@@ -1022,20 +1056,20 @@ class EndOfTurn(selectors.DefaultSelector):
 class Connection(asyncio.Protocol):
     """A client: bytes in, one request at a time, bytes out."""
 
-    __slots__ = ("address", "deadline", "end_at", "ended", "framer", "handler", "internal", "last", "server", "state",
-                 "transport", "unsent")  # fmt: skip
+    __slots__ = ("address", "client_cert", "deadline", "end_at", "ended", "framer", "handler", "internal", "last",
+                 "server", "state", "transport", "unsent")  # fmt: skip
     READING, EXCESS, ANSWERING, WRITING, LINGERING, CLOSED = range(6)
     head_seconds, write_seconds, linger_seconds = 10.0, 30.0, 2.0
     receive_bytes = 16_384  # at a time
     buffered_bytes = 32_768  # behind the request that is being answered; then reading pauses
-    transport: Any  # asyncio.Transport
-    last: bool  # whether nothing follows the answer that is being written
+    transport: Any  # asyncio's, or `Tls`
 
     def __init__(self, server: ProfileServer, *, internal: bool = False) -> None:  # internal: by the metrics port
         self.server, self.internal, self.framer = server, internal, Framer()
         self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
         self.handler: ProfileHandler | None = None  # whose answer the client still takes
         self.ended, self.unsent = False, 0  # the client has sent its last byte; bytes of the answer, at the last look
+        self.last, self.client_cert = False, ""  # whether nothing follows what is being written; for the log
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the client in, unless there are too many."""
@@ -1166,6 +1200,155 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._next)
         else:
             self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
+
+
+# ── TLS ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Not asyncio's own, in which a client's end cuts off the answers under way, what waits in the socket's transport counts
+# as sent, and each connection has a buffer of 256 KiB (3.11 to 3.13). Here flow control and both ends are as in plain.
+_ODD = re.compile(r"[^A-Za-z0-9 ._@:/*-]")  # in a client's name
+_PLAIN_HTTP = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n\r\nspeak HTTPS here\n"
+
+
+class Tls(asyncio.Protocol):
+    """TLS on memory (`ssl.MemoryBIO`): for asyncio's transport the protocol, for a `Connection` the transport."""
+
+    def __init__(self, connection: Connection, context: ssl.SSLContext) -> None:
+        self._connection, self._below = connection, cast("Any", None)
+        self._open = self._ended = False  # after the handshake; our own end is sent
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        for name in ("pause_writing", "resume_writing"):  # these hooks are the same
+            setattr(self, name, getattr(connection, name))
+
+    def __getattr__(self, name: str) -> Any:  # and what else there is of the transport
+        return getattr(self._below, name)
+
+    def connection_made(self, transport: Any) -> None:
+        """Let the client in; its handshake has the time of a request head."""
+        self._below, connection = transport, self._connection
+        transport.max_size = connection.receive_bytes
+        connection.connection_made(cast("asyncio.BaseTransport", self))
+        if connection.state == connection.READING:
+            connection.deadline = time.monotonic() + connection.head_seconds
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the client."""
+        self._connection.connection_lost(exc)
+        self._connection.transport = self._below  # no cycle is left, which would wait for the garbage collector
+
+    def data_received(self, data: bytes) -> None:
+        """Shake hands, then decrypt and pass on."""
+        connection, parts = self._connection, [b""]
+        if self._ended:  # what it says is of no interest any more, only that it does
+            return connection.data_received(data)
+        self._incoming.write(data)
+        try:
+            if not self._open:
+                self._tls.do_handshake()
+                self._opened()
+            while self._incoming.pending or self._tls.pending():
+                parts.append(self._tls.read(connection.receive_bytes))
+                if not parts[-1]:  # the client's end
+                    break
+        except ssl.SSLWantReadError:  # a record, or the handshake, is not whole
+            pass
+        except ssl.SSLError as error:
+            connection.server.metrics.numbers["http_rejected_total", "tls"] += 1
+            connection.server.log.event("debug", "TLS failed", error=describe(error), client=connection.address)
+            self._below.write(_PLAIN_HTTP if error.reason == "HTTP_REQUEST" else self._outgoing.read())  # an alert
+            return cast("None", self._below.close())
+        if self._outgoing.pending:  # of the handshake
+            self._below.write(self._outgoing.read())
+        if plain := b"".join(parts):
+            connection.data_received(plain)
+        if len(parts) > 1 and not parts[-1]:
+            self.eof_received()
+        return None
+
+    def eof_received(self) -> bool:
+        """Pass on the client's end, in TLS' words or in TCP's alone."""
+        if self._connection.eof_received():
+            return True
+        self.close()
+        return False
+
+    def _opened(self) -> None:
+        connection, self._open = self._connection, True
+        if connection.state == connection.READING:
+            connection.deadline = time.monotonic() + connection.server.idle_seconds
+        if certificate := cast("dict[str, Any] | None", self._tls.getpeercert()):
+            names = dict(pair for part in certificate["subject"] for pair in part)
+            connection.client_cert = f', "client_cert": "{_ODD.sub("?", names.get("commonName", "-")[:64])}"'
+
+    def write(self, data: bytes) -> None:
+        """Send an answer, or where that is not possible close."""
+        rest, parts = memoryview(data), []
+        try:
+            while rest:
+                rest = rest[self._tls.write(rest) :]  # a record: more than one would stay allocated
+                parts.append(self._outgoing.read())
+        except ssl.SSLError:  # to one client too many, before its handshake; or it has failed meanwhile
+            self._connection.pause_writing()
+            self._connection.unsent = len(rest)
+            return cast("None", self._below.abort())
+        return cast("None", self._below.write(b"".join(parts)))
+
+    def write_eof(self) -> None:
+        """Say that nothing more comes."""
+        self._end()
+        self._below.write_eof()
+
+    def close(self) -> None:
+        """Close after what waits has been sent."""
+        self._end()
+        self._below.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._end()
+        self._below.abort()
+
+    def _end(self) -> None:
+        """Say in TLS' own words, before TCP's, that nothing more comes."""
+        if not self._ended:
+            self._ended = True
+            with contextlib.suppress(ssl.SSLError):  # the client's own word is not there yet
+                self._tls.unwrap()
+            self._below.write(self._outgoing.read())
+
+
+def server_context(settings: Settings) -> tuple[ssl.SSLContext, float]:
+    """Return what speaks TLS, and until when its certificate is valid (in s of the epoch); SettingsError: no use."""
+    cert, what = cast("str", settings.tls_cert), "SERVICE_TLS_CERT, SERVICE_TLS_KEY"
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        context.load_cert_chain(cert, settings.tls_key, "")  # else it would ask the terminal for a passphrase
+        # a client that trusts this certificate finds out whether it is valid, and until when
+        client, to_server, to_client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.MemoryBIO(), ssl.MemoryBIO()
+        client.check_hostname, client.verify_flags = False, client.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN
+        client.load_verify_locations(cert)
+        seen = client.wrap_bio(to_client, to_server)
+        for side in [seen, context.wrap_bio(to_server, to_client, server_side=True)] * 2:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+        if settings.tls_client_ca:
+            what, context.verify_mode = "SERVICE_TLS_CLIENT_CA", ssl.CERT_REQUIRED
+            context.load_verify_locations(settings.tls_client_ca)
+        return context, ssl.cert_time_to_seconds(cast("Any", seen.getpeercert())["notAfter"])
+    except OSError as error:
+        allowed = "PEM files with a certificate that is valid now and its key, without a passphrase"
+        raise SettingsError(f"{what}: {error}; allowed: {allowed}") from error
+
+
+def _content(path: str) -> bytes:
+    """Return what is in a file, or why that cannot be told."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        return str(error).encode()
 
 
 # ── Parts of requests and answers ─────────────────────────────────────────────────────────────────────────────────────
@@ -2020,7 +2203,7 @@ class Log:
             lines.append(
                 f'{beginning}{handler.request_id}", "bytes": {len(handler.response)}, '
                 f'"duration_ms": {handler.seconds * 1000:.3f}, "client": "{handler.client}"'
-                f"{spent}{trace}{handler.cut_off}}}\n"
+                f"{handler.connection.client_cert}{spent}{trace}{handler.cut_off}}}\n"
             )
         data = "".join(lines).encode()
         if self._put_bytes - self._written_bytes + len(data) > self.bound_bytes:
@@ -2075,7 +2258,7 @@ METHODS = ("GET", "HEAD", "OPTIONS", "other")
 STATUSES = (200, 204, 304, 400, 401, 404, 405, 408, 412, 413, 414, 417, 422, 431, 500, 501, 503, 504, 505)
 OPERATIONS = ("get", "get_multi", "get_any_replica", "lookup_in", "query")
 OUTCOMES = ("ok", "not_found", "timeout", "unavailable", "error")
-REASONS = ("malformed", "too_large", "too_slow", "overloaded", "not_ready")
+REASONS = ("malformed", "too_large", "too_slow", "overloaded", "not_ready", "tls")
 # Seconds; the finest are those of a cache hit on the same machine, the last is the longest time-out allowed.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 # By name: kind, what it is, and its labels, each with its closed set of values.
@@ -2097,7 +2280,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, tuple[object, ...]]]] = {
     "http_connections": ("gauge", "Open client connections.", {}),
     "process_max_fds": ("gauge", "Limit of open file descriptors.", {}),
     "process_start_time_seconds": ("gauge", "Start of the service.", {}),
+    "tls_certificate_expiry_seconds": ("gauge", "When the API's certificate expires; absent without TLS.", {}),
     "build_info": ("gauge", "The service's version.", {"version": (__version__,)})}
+_ABSENT = ("http_requests_total", "tls_certificate_expiry_seconds")  # at zero: they are too many, or there is none
 # fmt: on
 
 
@@ -2153,7 +2338,7 @@ class Metrics:
                         for bound, count in zip(bounds, counts, strict=True):
                             lines.append(f"{name}_bucket{{{','.join([*labels, bound])}}} {count}")
                         lines += [f"{name}_sum{braces} {total}", f"{name}_count{braces} {counts[-1]}"]
-                elif self.numbers[key] or name != "http_requests_total":  # too many to name those at zero
+                elif self.numbers[key] or name not in _ABSENT:
                     lines.append(f"{name}{braces} {self.numbers[key]:.17g}")
         return "\n".join([*lines, ""]).encode()
 
@@ -2184,7 +2369,8 @@ def record_spans(tracer: Any, handler: ProfileHandler, namespace: str) -> None:
 
     wall, route, done = time.time_ns() - time.monotonic_ns(), handler.route or "other", handler.operation
     attributes: dict[str, object] = {"http.request.method": handler.command or "_OTHER", "http.route": route}
-    attributes |= {"http.response.status_code": handler.status, "client.address": handler.client, "url.scheme": "http"}
+    attributes |= {"http.response.status_code": handler.status, "client.address": handler.client}
+    attributes["url.scheme"] = "https" if handler.server.tls and not handler.connection.internal else "http"
     attributes["network.protocol.version"] = handler.request_version.removeprefix("HTTP/")
     name, parent = f"{handler.command or 'HTTP'} {route}", propagate.extract(handler.headers)
     span = tracer.start_span(name, parent, SpanKind.SERVER, attributes, start_time=wall + int(handler.started * 1e9))

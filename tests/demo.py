@@ -13,8 +13,10 @@ import re
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -28,6 +30,7 @@ from typing import Any, NamedTuple, Self
 
 from tests.contract import swagger_ui
 from tests.sample_data import DEFAULT_SEED, MAX_PROFILES, OneLineParser, token_text, whole_number
+from tests.service import Certificates
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 60.0  # for a process to say that it is ready
@@ -181,11 +184,13 @@ class Demo:
             settings = self._settings_for(json.loads(self._line_of(emulator, bool)))
             token = self._fill(settings)
             settings["DOCS_ASSETS_URL"] = stack.enter_context(swagger_ui.served(swagger_ui.directory()))
-            service = stack.enter_context(self._service(settings))
+            tls, context, flags = self._encrypted(stack)
+            service = stack.enter_context(self._service(settings | tls))
             listening = json.loads(self._line_of(service, lambda line: '"listening"' in line))
             base, metrics = f"http://127.0.0.1:{listening['port']}", f"http://127.0.0.1:{listening['metrics_port']}"
+            base = base.replace("http:", "https:") if tls else base
             self._line_of(service, lambda line: '"message": "ready"' in line)
-            print(guide(base, metrics, token, first_profile(base, token)), flush=True)
+            print(guide(base, metrics, token, first_profile(base, token, context), flags), flush=True)
             while True:
                 self._look(None)
 
@@ -196,6 +201,24 @@ class Demo:
             "COUCHBASE_PASSWORD": emulator["password"],
             "COUCHBASE_BUCKET": emulator["bucket"],
         }
+
+    def _encrypted(self, stack: ExitStack) -> tuple[dict[str, str], ssl.SSLContext | None, str]:
+        """Make certificates if wanted; return the service's settings, and what clients need: this one, and curl."""
+        if self._arguments.tls is None:
+            return {}, None, ""
+        folder = Path(self._arguments.tls or stack.enter_context(tempfile.TemporaryDirectory()))
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            made = Certificates(folder)
+            client = made.client_file("demo")
+        except OSError as error:
+            raise DemoError(f"{folder} cannot be written to: {os.strerror(error.errno or 0)}") from error
+        if not self._arguments.mutual:
+            return made.settings, made.client(), f"--cacert {shlex.quote(str(made.ca_file))} "
+        flags = f"--cacert {shlex.quote(str(made.ca_file))} --cert {shlex.quote(str(client))} "
+        context = made.client()
+        context.load_cert_chain(client)
+        return made.settings | {"SERVICE_TLS_CLIENT_CA": str(made.ca_file)}, context, flags
 
     def _fill(self, settings: dict[str, str]) -> str:
         """Put the sample data in, over the wire; return the service's token."""
@@ -258,7 +281,7 @@ class Demo:
             say(f"the service says: {line}")
 
 
-def first_profile(base: str, token: str) -> dict[str, Any]:
+def first_profile(base: str, token: str, context: ssl.SSLContext | None) -> dict[str, Any]:
     """Ask the service for profile 1, whose values the examples are made of.
 
     Raises:
@@ -266,26 +289,27 @@ def first_profile(base: str, token: str) -> dict[str, Any]:
     """
     request = urllib.request.Request(f"{base}/api/v1/id/1", headers={"Authorization": f"Bearer {token}"})  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=REQUEST_SECONDS, context=context) as response:  # noqa: S310
             profile: dict[str, Any] = json.load(response)[0]
     except (OSError, ValueError, LookupError) as error:
         raise DemoError(f"the service does not answer a request for profile 1: {error}") from error
     return profile
 
 
-def guide(base: str, metrics: str, token: str, profile: dict[str, Any]) -> str:
-    """Return what to try: a heading and a `curl` line for each."""
+def guide(base: str, metrics: str, token: str, profile: dict[str, Any], flags: str) -> str:
+    """Return what to try: a heading and a `curl` line for each, the API's with `flags`."""
     api, bearer = f"{base}/api/v1", shlex.quote(f"Authorization: Bearer {token}")
+    curl = f"curl -sS {flags}"
     nickname, user_id = (urllib.parse.quote(profile[name], safe="") for name in ("nickname", "user_id"))
     examples = [
-        ("A profile by its id", f"curl -sS -H {bearer} {api}/id/1"),
-        ("Profiles by nickname, which several may share", f"curl -sS -H {bearer} {api}/nickname/{nickname}"),
-        ("Profiles by username", f"curl -sS -H {bearer} {api}/username/{user_id}"),
-        ("A picture's record", f"curl -sS -H {bearer} {api}/picture/record/1"),
-        ("The picture itself, into a file", f"curl -sS -H {bearer} -o picture-1.png {api}/picture/raw/1"),
-        ("Whether it is alive", f"curl -sS {base}/healthz"),
-        ("Whether it is ready", f"curl -sS {base}/readyz"),
-        ("A wrong token, which gets 401", f"curl -sS -i -H 'Authorization: Bearer wrong' {api}/id/1"),
+        ("A profile by its id", f"{curl}-H {bearer} {api}/id/1"),
+        ("Profiles by nickname, which several may share", f"{curl}-H {bearer} {api}/nickname/{nickname}"),
+        ("Profiles by username", f"{curl}-H {bearer} {api}/username/{user_id}"),
+        ("A picture's record", f"{curl}-H {bearer} {api}/picture/record/1"),
+        ("The picture itself, into a file", f"{curl}-H {bearer} -o picture-1.png {api}/picture/raw/1"),
+        ("Whether it is alive", f"{curl}{base}/healthz"),
+        ("Whether it is ready", f"{curl}{base}/readyz"),
+        ("A wrong token, which gets 401", f"{curl}-i -H 'Authorization: Bearer wrong' {api}/id/1"),
         ("Metrics for Prometheus", f"curl -sS {metrics}/metrics"),
     ]
     lines = [f"\nThe service is ready. In a browser: {base}/docs", f"Its token is {token}", ""]
@@ -311,6 +335,10 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=whole_number(0, 2**31), default=DEFAULT_SEED, metavar="N", help="another, other profiles"
     )
     flags.add_argument("--token", type=token_text, metavar="T", help="the service's token; a random one by default")
+    flags.add_argument(
+        "--tls", nargs="?", const="", metavar="DIR", help="HTTPS; authority and certificates are made, and kept in DIR"
+    )
+    flags.add_argument("--mutual", action="store_true", help="with --tls: only for clients with a certificate")
     flags.add_argument("--verbose", action="store_true", help="show the service's whole log, not only what is wrong")
     return flags
 
@@ -322,7 +350,10 @@ def say(message: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 after a signal, 1 if a part fails, 2 for bad input."""
-    arguments = parser().parse_args(argv)
+    flags = parser()
+    arguments = flags.parse_args(argv)
+    if arguments.mutual and arguments.tls is None:
+        flags.error("--mutual needs --tls")
     events = Events()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):

@@ -8,6 +8,7 @@ import queue
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
+
+import trustme
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = STOP_SECONDS = REQUEST_SECONDS = 60.0  # far above what a busy machine takes
@@ -33,6 +36,50 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
 
+class TlsPort(int):
+    """A port on 127.0.0.1 where TLS is spoken, and what a client needs for that."""
+
+    tls: ssl.SSLContext
+
+    @classmethod
+    def of(cls, port: int, tls: ssl.SSLContext) -> Self:
+        """Make one of a number."""
+        made = cls(port)
+        made.tls = tls
+        return made
+
+
+class Certificates:
+    """An authority of the tests' own, and the files of a certificate by it, for the service's settings."""
+
+    def __init__(self, directory: Path) -> None:
+        """Make both, with all files in a directory."""
+        self.authority, self.ca_file = trustme.CA(), directory / "ca.pem"
+        self.authority.cert_pem.write_to_path(self.ca_file)
+        self.cert, self.key = directory / "tls.crt", directory / "tls.key"
+        self.settings = {"SERVICE_TLS_CERT": str(self.cert), "SERVICE_TLS_KEY": str(self.key)}
+        self.renew()
+
+    def renew(self, **validity: Any) -> None:
+        """Put another certificate in place of the service's."""
+        made = self.authority.issue_cert("localhost", "127.0.0.1", "::1", **validity)
+        made.private_key_pem.write_to_path(self.key)
+        self.cert.write_bytes(b"".join(pem.bytes() for pem in made.cert_chain_pems))
+
+    def client(self, name: str | None = None) -> ssl.SSLContext:
+        """Return what a client needs that trusts the authority; with a name, one that has a certificate itself."""
+        context = ssl.create_default_context(cafile=str(self.ca_file))
+        if name is not None:
+            context.load_cert_chain(self.client_file(name))
+        return context
+
+    def client_file(self, name: str) -> Path:
+        """Make a certificate for a client; return the file with it and its key."""
+        path = self.ca_file.with_name("client.pem")
+        self.authority.issue_cert("client.example", common_name=name).private_key_and_cert_chain_pem.write_to_path(path)
+        return path
+
+
 def ask(
     port: int, path: str, headers: Mapping[str, str], method: str = "GET", seconds: float = REQUEST_SECONDS
 ) -> Answer:
@@ -42,6 +89,8 @@ def ask(
         OSError, http.client.HTTPException: there is no answer.
     """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
+    if isinstance(port, TlsPort):
+        connection = http.client.HTTPSConnection("127.0.0.1", int(port), timeout=seconds, context=port.tls)
     with contextlib.closing(connection):
         connection.request(method, path, headers=headers)
         response = connection.getresponse()
@@ -84,15 +133,16 @@ class ServiceProcess:
     Args:
         environment: settings; of this process's own environment only what Python and coverage need is passed on.
         arguments: flags after the script's name.
+        tls: what a client needs, where the settings have it speak TLS.
     """
 
     command: tuple[str, ...] = (str(ROOT / "micro_svc_demo.py"),)
 
-    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+    def __init__(self, environment: dict[str, str], *arguments: str, tls: ssl.SSLContext | None = None) -> None:
         """Prepare; `start` or a `with` block starts it."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("COUCHBASE", "SERVICE_"))}
         self.environment = kept | {"SERVICE_PORT": "0", "METRICS_PORT": "0"} | environment
-        self.arguments = arguments
+        self.arguments, self.tls = arguments, tls
         self.lines: list[dict[str, Any]] = []
         self.raw_lines: list[str] = []
         self._arrived: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
@@ -112,6 +162,8 @@ class ServiceProcess:
         self._reader.start()
         listening = self.wait_for("listening")
         self.port: int = listening["port"]
+        if self.tls:
+            self.port = TlsPort.of(self.port, self.tls)
         self.metrics_port: int = listening["metrics_port"]
         return self
 

@@ -19,7 +19,7 @@ from tests.deploy.kustomize import load, one
 from tests.deploy.running import CommandProcess, switched_user
 from tests.deploy.test_rolling_update import PROFILES, TOKEN, Load
 from tests.emulator.process import EmulatorProcess
-from tests.service import ROOT, ServiceProcess, free_port, settings_for
+from tests.service import ROOT, Certificates, ServiceProcess, free_port, settings_for
 
 LOCKS = (".requirements.lock", ".requirements-sample-data.lock")
 RUN_SECONDS = 60
@@ -206,12 +206,27 @@ class TestRunning:
         with self.process(image, **settings_for(database), SERVICE_PORT="0", METRICS_PORT="0") as service:
             assert service.get("/api/v1/id/1", "image").status == 200
 
-    def health(self, image: Image, port: int) -> int:
+    @pytest.mark.parametrize("mutual", [False, True])
+    def test_health_check_knows_tls(self, image: Image, tmp_path: Path, mutual: bool) -> None:
+        """Its own port by TLS, or where that wants a certificate the metrics port; the other is no help."""
+        made = Certificates(tmp_path)
+        settings = made.settings | ({"SERVICE_TLS_CLIENT_CA": str(made.ca_file)} if mutual else {})
+        absent = {"COUCHBASE_HOST": "couchbase://127.0.0.1:1", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"}
+        service = ServiceProcess(absent | settings).start()
+        ports = {"SERVICE_PORT": str(service.port), "METRICS_PORT": str(service.metrics_port)}
+        ports["SERVICE_PORT" if mutual else "METRICS_PORT"] = "1"
+        try:
+            assert self.health(image, 1, **settings, **ports) == 0
+        finally:
+            service.stop()
+        assert self.health(image, 1, **settings, **ports) != 0
+
+    def health(self, image: Image, port: int, **environment: str) -> int:
         """Run the HEALTHCHECK's command; return its exit code."""
         done = subprocess.run(
             image.argv(image.health),
             cwd=image.outside("."),
-            env=image.environment() | {"SERVICE_PORT": str(port)},
+            env=image.environment() | {"SERVICE_PORT": str(port)} | environment,
             capture_output=True,
             timeout=RUN_SECONDS,
             check=False,

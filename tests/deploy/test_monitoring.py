@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import promql_parser
@@ -75,6 +76,13 @@ def test_the_golden_signals_have_alerts() -> None:
     for rule in alerts.values():
         assert rule["for"] and rule["labels"]["severity"] in {"page", "ticket"}
         assert rule["annotations"]["summary"] and rule["annotations"]["action"]
+
+
+def test_a_certificate_that_expires_is_told_a_week_before() -> None:
+    """By pod; one without TLS has no such sample, and the rule none to compare."""
+    [rule] = [rule for rule in RULES if rule.get("alert") == "DemopyCertificateExpires"]
+    assert rule["expr"] == f"tls_certificate_expiry_seconds - time() < 7 * {timedelta(days=1) // timedelta(seconds=1)}"
+    assert b"\ntls_certificate_expiry_seconds " not in micro_svc_demo.Metrics().render()
 
 
 def test_burn_rates_use_a_long_and_a_short_window() -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.deploy.kustomize import one, render
 from tests.deploy.pod import service_roles
 from tests.emulator.process import EmulatorProcess
-from tests.service import ROOT, ServiceProcess, settings_for
+from tests.service import ROOT, Certificates, ServiceProcess, settings_for
 
 COUNT = 1000
 PROVISION_SECONDS = 300
@@ -91,6 +91,12 @@ def service(database: EmulatorProcess | RealCluster) -> Iterator[ServiceProcess]
     """The service, ready."""
     with ServiceProcess(settings_for(database)) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """What the service needs to speak TLS; tests that change the files make their own."""
+    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture

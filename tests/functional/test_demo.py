@@ -206,15 +206,45 @@ def test_what_is_printed_works_and_ctrl_c_ends_it(run_demo: Any, tmp_path: Path)
     ]
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Encrypted\n")[2].partition("\n## ")[0]
+COMMANDS = [line.removeprefix(".venv/bin/python -m tests.demo ") for line in README.splitlines()]
+DEMOS, CURLS = ([line for line in COMMANDS if line.startswith(start)] for start in ("--tls", "curl "))
+
+
+@needs_signals
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+@pytest.mark.parametrize(("flags", "curl"), [*zip(DEMOS, CURLS, strict=True)])
+def test_readmes_commands_for_tls_work(run_demo: Any, tmp_path: Path, flags: str, curl: str) -> None:
+    """As typed but for ports and folder: curl gets in with what README names, and with nothing less."""
+    folder = str(tmp_path / "certificates")
+    demo = run_demo(*SMALL, *flags.replace("certificates", folder).split())
+    demo.wait_until_ready()
+    port = re.findall(r"In a browser: https://127\.0\.0\.1:([0-9]+)/docs", "".join(demo.lines))[0]
+    command = curl.replace("certificates", folder).replace("8080", port).split()
+    assert json.loads(answer([*command, "-sS"], tmp_path)) == {"status": "alive"}
+    for index in (index for index, word in enumerate(command) if word.startswith("--")):
+        lacking = [*command[:index], *command[index + 2 :], "-sS"]
+        assert subprocess.run(lacking, capture_output=True, check=False, timeout=20).returncode != 0
+    printed = curl_lines(demo)
+    assert json.loads(answer(printed["A profile by its id:"], tmp_path)) == [profile(1)]
+    assert b"# TYPE " in answer(printed["Metrics for Prometheus:"], tmp_path)
+    assert demo.stop(signal.SIGINT) == 0
+
+
+def test_mutual_needs_tls(run_demo: Any) -> None:
+    demo = run_demo("--mutual")
+    assert (demo.stop(), demo.errors()) == (2, "demo: --mutual needs --tls\n")
+
+
 @needs_signals
 def test_sigterm_leaves_nothing_behind(run_demo: Any) -> None:
-    """No process, no temporary file, and both ports free again."""
-    demo = run_demo(*SMALL)
+    """No process, no temporary file (certificates, here), and both ports free again."""
+    demo = run_demo(*SMALL, "--tls")
     demo.wait_until_ready()
     children = demo.children
     assert len(children) == len(PARTS)
     assert all(any(name in command for name in PARTS) for command in children.values())
-    ports = {int(port) for port in re.findall(r"http://127\.0\.0\.1:([0-9]+)", "".join(demo.lines))}
+    ports = {int(port) for port in re.findall(r"https?://127\.0\.0\.1:([0-9]+)", "".join(demo.lines))}
     assert len(ports) == 2
     assert demo.stop(signal.SIGTERM) == 0
     assert not children.keys() & processes().keys()

@@ -30,6 +30,7 @@ from tests.service import ROOT, ServiceProcess, administrator_settings, free_por
 
 SCENARIOS = (
     "by-id-32,wrong-token,nickname,picture,new-connection,latency-1ms-32,two-processes-32,other-log,other-affinity"
+    ",tls-by-id-32,tls-new-connection"
 )
 LOAD = ROOT / "tests" / "load"
 JMETER_HOME = Path("/usr/share/jmeter")
@@ -244,6 +245,20 @@ class TestReport:
         assert page.count("| by id, 32 connections |") == 1
         assert "4,000 (2,000–8,000)" in page
         assert "on 2 cores of P" in page
+
+    def test_tls_has_a_table_of_its_own(self, part: dict[str, Any]) -> None:
+        """With the share of plain; where nothing was measured there is none."""
+        assert "## With TLS" not in bench_report.document({"services": part})
+        memory = Results(part).after_run_mb("ours")
+        for service, rate in (("ours", 3000.0), ("express", 600.0)):
+            figures = {"requests_per_second": rate, "cpu_us": 70.0, "resident_mb": 999.0, "p99_ms": 9.0, "p50_ms": 5.0}
+            part["measurements"].append(measured(service, "tls-by-id-32", service == "ours", **figures))
+        page = bench_report.document({"services": part})
+        table = page.partition("## With TLS")[2].partition("\n## ")[0]
+        assert "| by id, 32 connections | micro_svc_demo | 3,000 (1,500–6,000) | 75% | 5.00 | 9.00 | " in table
+        assert "| by id, 32 connections | Express | 600 (300–1,200) | 60% |" in table
+        assert page.partition("## Services")[2].partition("\n## ")[0].count("3,000 (") == 0
+        assert Results(part).after_run_mb("ours") == memory
 
     def test_charts_are_the_same_bytes_each_time(self, part: dict[str, Any], tmp_path: Path) -> None:
         growth = {"connections": part["measurements"][:2], "documents": part["measurements"][:1]}

@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import os
 import shutil
 import subprocess
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -18,10 +20,18 @@ import micro_svc_demo
 from tests import sample_data
 from tests.functional.conftest import COUNT
 from tests.load.hostile import open_connections
-from tests.service import ServiceProcess, administrator_settings
+from tests.service import Certificates, ServiceProcess, administrator_settings, settings_for
 
 SEED = sample_data.DEFAULT_SEED
 PROFILES = list(sample_data.profiles(COUNT, SEED))
+
+
+@pytest.fixture(scope="module", params=["http", "https"])
+def service(request: pytest.FixtureRequest, database, certificates: Certificates) -> Iterator[ServiceProcess]:
+    """The service, in plain and with TLS."""
+    settings, tls = (certificates.settings, certificates.client()) if request.param == "https" else ({}, None)
+    with ServiceProcess(settings_for(database) | settings, tls=tls) as running:
+        yield running
 
 
 def by(field: str) -> dict[str, list[dict[str, Any]]]:
@@ -217,9 +227,34 @@ def test_etag_follows_the_document(service: ServiceProcess, database, scope) -> 
         users.remove("user_data:changing")
 
 
+def base_of(service: ServiceProcess) -> str:
+    """Return the beginning of the API's URLs."""
+    return f"http{'s' * bool(service.tls)}://127.0.0.1:{service.port}"
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl (Debian's package curl)")
+@pytest.mark.parametrize("path", ["id/1", "nickname/nobody", "username/nobody", "picture/record/1", "picture/raw/1"])
+def test_curl_gets_the_same(service: ServiceProcess, database, certificates: Certificates, path: str) -> None:
+    """A second client of TLS, which knows the authority and nothing else."""
+    given = ["--cacert", str(certificates.ca_file), "-H", f"Authorization: Bearer {database.token}"]
+    command = [
+        "curl",
+        "-sS",
+        *given,
+        "-w",
+        "%{stderr}%{http_code} %{http_version}",
+        f"{base_of(service)}/api/v1/{path}",
+    ]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=20)
+    answer = service.get(f"/api/v1/{path}", database.token)
+    assert done.stderr.decode() == f"{answer.status} 1.1"
+    if answer.status == 200:
+        assert done.stdout == answer.body
+
+
 FETCHES = """
-const [port, token] = process.argv.slice(1);
-const url = `http://127.0.0.1:${port}/api/v1/id/1`, headers = {Authorization: `Bearer ${token}`};
+const [base, token] = process.argv.slice(1);
+const url = `${base}/api/v1/id/1`, headers = {Authorization: `Bearer ${token}`};
 for (const [method, fields, status] of [["GET", {"If-None-Match": "*"}, 304], ["OPTIONS", {}, 204], ["HEAD", {}, 200]])
   for (let number = 0; number < 300; number++) {
     const answer = await fetch(url, {method, headers: {...headers, ...fields}});
@@ -231,10 +266,13 @@ process.stdin.resume();
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs Node, for its fetch (Debian's package nodejs)")
-def test_answers_without_a_body_leave_the_connection_to_the_next(service: ServiceProcess, database) -> None:
+def test_answers_without_a_body_leave_the_connection_to_the_next(
+    service: ServiceProcess, database, certificates: Certificates
+) -> None:
     """Node's fetch, while it runs, has few connections open after hundreds of 304s, 204s and answers to HEAD."""
-    command = ["node", "--input-type=module", "--eval", FETCHES, "--", str(service.port), database.token]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as node:
+    command = ["node", "--input-type=module", "--eval", FETCHES, "--", base_of(service), database.token]
+    environment = os.environ | {"NODE_EXTRA_CA_CERTS": str(certificates.ca_file)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as node:
         assert node.stdin and node.stdout
         try:
             assert node.stdout.readline() == b"done\n"

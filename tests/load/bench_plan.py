@@ -32,6 +32,7 @@ class Setup:
         document_workers, batch_size: of our service only; None for its own defaults.
         other_affinity: our service wherever the kernel puts its threads, another kept to one processor as ours keeps
             itself.
+        tls: whether it speaks HTTPS, with a certificate of the same kind for all.
     """
 
     service: str
@@ -40,12 +41,14 @@ class Setup:
     document_workers: int | None = None
     batch_size: int | None = None
     other_affinity: bool = False
+    tls: bool = False
 
     def __str__(self) -> str:
         """Name it for the progress' lines."""
         parts = [TITLES[self.service], "log on" if self.access_log else "log off"]
         parts += [f"{self.processes} processes"] if self.processes > 1 else []
         parts += [f"{self.document_workers} workers × {self.batch_size}"] if self.document_workers else []
+        parts += ["TLS"] if self.tls else []
         parts += ["affinity the other way round"] if self.other_affinity else []
         return ", ".join(parts)
 
@@ -99,11 +102,14 @@ OTHER_LOG = [replace(by_id(32), name="other-log-32")]
 """With the access log the other way round: off for our service, on for the others."""
 OTHER_AFFINITY = [replace(by_id(32), name="other-affinity-32")]
 """What our service owes to its keeping to one processor, and what the others would gain."""
+TLS = [replace(by_id(connections), name=f"tls-by-id-{connections}") for connections in (1, 32, 256)]
+TLS += [Scenario("tls-new-connection", 32, new_connections=True)]
+"""What encrypting costs, and with a connection a request what a handshake does: wrk resumes no session."""
 QUICK = ("by-id-1", "by-id-32", "by-id-1000", "missing", "picture", "two-processes-32", "other-log-32", "sdk")
 NAMES = sorted(
     {
         name
-        for scenario in SCENARIOS + TWO_PROCESSES + OTHER_LOG + OTHER_AFFINITY
+        for scenario in SCENARIOS + TWO_PROCESSES + OTHER_LOG + OTHER_AFFINITY + TLS
         for name in (scenario.name, group_of(scenario.name))
     }
     | {"sdk"}
@@ -135,6 +141,7 @@ def services_plan(services: tuple[str, ...], only: tuple[str, ...]) -> Lives:
             lives.append((Setup(service, log, processes=2), TWO_PROCESSES))
             lives.append((Setup(service, not log), OTHER_LOG))
             lives.append((Setup(service, log, other_affinity=True), OTHER_AFFINITY))
+            lives.append((Setup(service, log, tls=True), TLS))
     chosen = [(setup, [each for each in scenarios if wanted(each, only)]) for setup, scenarios in lives]
     return [(setup, scenarios) for setup, scenarios in chosen if scenarios]
 

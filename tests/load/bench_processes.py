@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 from tests.load.bench_plan import EXPRESS, FASTAPI, OURS, THREADING, Scenario, Setup
 from tests.load.bench_tools import PEERS, Tools
 from tests.load.clients import cpu_seconds, resident_bytes
-from tests.service import ROOT, ask, free_port
+from tests.service import ROOT, Certificates, TlsPort, ask, free_port
 
 START_SECONDS = 30.0
 STOP_SECONDS = 25.0
@@ -32,8 +32,8 @@ class RunError(Exception):
     """A service, or wrk, did not do what it should; the message is one line."""
 
 
-def command_for(setup: Setup, tools: Tools, port: int) -> list[str]:
-    """Return the command line that starts a service."""
+def command_for(setup: Setup, tools: Tools, port: int, tls: dict[str, str]) -> list[str]:
+    """Return the command line that starts a service; `tls` are our settings for a certificate, if it is to have one."""
     if setup.service == OURS:
         if setup.document_workers is None:
             return [sys.executable, "micro_svc_demo.py"]
@@ -44,6 +44,7 @@ def command_for(setup: Setup, tools: Tools, port: int) -> list[str]:
         flags = f"--loop uvloop --http httptools --host 127.0.0.1 --port {port} --workers {setup.processes}"
         log = ["--access-log"] if setup.access_log else ["--no-access-log", "--log-level", "warning"]
         place = ["--app-dir", str(PEERS / "fastapi")]
+        place += ["--ssl-certfile", tls["SERVICE_TLS_CERT"], "--ssl-keyfile", tls["SERVICE_TLS_KEY"]] if tls else []
         return [str(tools.fastapi), "-m", "uvicorn", "service:app", *place, *flags.split(), *log]
     threads = ["--threads"] if setup.service == THREADING else []
     return [sys.executable, str(PEERS / "plain" / "service.py"), *threads]
@@ -70,9 +71,14 @@ class Service:
         self.ports = [free_port() for _ in range(count)] if setup.service == OURS else [free_port()] * count
         self.startup_ms = 0.0
         self._token = token
-        self._commands = {port: command_for(setup, tools, port) for port in self.ports}
+        self._folder = tempfile.TemporaryDirectory()
+        tls: dict[str, str] = {}
+        if setup.tls:
+            made = Certificates(Path(self._folder.name))
+            self.ports, tls = [TlsPort.of(port, made.client()) for port in self.ports], made.settings
+        self._commands = {port: command_for(setup, tools, port, tls) for port in self.ports}
         self._kept = setup.other_affinity and setup.service != OURS
-        self._environment = kept | settings
+        self._environment = kept | settings | tls
         self._environment |= {"WORKERS": str(setup.processes)} if setup.service == EXPRESS else {}
         self._environment |= {
             "METRICS_PORT": "0",
@@ -117,6 +123,7 @@ class Service:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(STOP_SECONDS)
         self._log.close()
+        self._folder.cleanup()
 
     def _start(self, port: int, command: list[str]) -> None:
         process = subprocess.Popen(  # noqa: S603  # this Python, Node.js or an installed uvicorn
@@ -215,7 +222,7 @@ def _start_wrk(tools: Tools, port: int, load: Load, share: int, number: int) -> 
     connections = scenario.connections // share
     flags = f"-t1 -c{connections} -d{load.seconds}s --timeout {WRK_TIMEOUT_SECONDS}s -s tests/load/wrk.lua"
     return subprocess.Popen(  # noqa: S603  # wrk, with flags of numbers
-        [tools.wrk, *flags.split(), f"http://127.0.0.1:{port}"],
+        [tools.wrk, *flags.split(), f"http{'s' * isinstance(port, TlsPort)}://127.0.0.1:{port}"],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

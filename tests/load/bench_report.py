@@ -22,6 +22,8 @@ SCENARIO_TITLES = {
     "two-processes": "by id, two processes",
     "other-log": "by id, the log the other way round",
     "other-affinity": "by id, the processor affinity the other way round",
+    "tls-by-id": "by id",
+    "tls-new-connection": "by id, a new connection and handshake each",
 }
 
 
@@ -73,7 +75,7 @@ class Results:
     def after_run_mb(self, service: str) -> float | None:
         """Return how much memory the service held after the last scenario of its longest life."""
         alone = (row for row in self._rows.values() if (row["service"], row["processes"]) == (service, 1))
-        rows = [row for row in alone if not row["scenario"].startswith("other-")]
+        rows = [row for row in alone if not row["scenario"].startswith(("other-", "tls-"))]
         return figure(rows[-1], "resident_mb").median if rows else None
 
     def services(self) -> list[str]:
@@ -215,7 +217,7 @@ def services_table(results: Results) -> list[str]:
     """Return one line for each scenario and service, with the spread of the requests a second."""
     head = "| scenario | service | requests/s (least–most) | p50 ms | p99 ms | p99.9 ms | failures | CPU µs | MB |"
     lines = [head, "|---|---|---|---|---|---|---|---|---|"]
-    for scenario in results.scenarios():
+    for scenario in [name for name in results.scenarios() if not name.startswith("tls-")]:
         shown = ""
         for service in results.services():
             row = results.row(service, scenario)
@@ -231,6 +233,23 @@ def services_table(results: Results) -> list[str]:
                 f"{number(figure(row, 'cpu_us').median)} | {number(figure(row, 'resident_mb').median)} |"
             )
             shown = title
+    return lines
+
+
+def tls_table(results: Results) -> list[str]:
+    """Return what each service does with TLS, and what part that is of the same without."""
+    lines = ["| scenario | service | requests/s (least–most) | of plain | p50 ms | p99 ms | failures | CPU µs |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for scenario in [name for name in results.scenarios() if name.startswith("tls-")]:
+        for service in results.services():
+            if (row := results.row(service, scenario)) is None:
+                continue
+            rate = figure(row, "requests_per_second")
+            part = ratio(rate.median, results.get(service, scenario.removeprefix("tls-"), "requests_per_second"))
+            cells = [f"{rate.median:,.0f} ({rate.low:,.0f}–{rate.high:,.0f})", f"{part:.0%}" if part else "–"]
+            cells += [number(figure(row, name).median) for name in ("p50_ms", "p99_ms")]
+            cells += [f"{figure(row, 'failures').high:,.0f}", number(figure(row, "cpu_us").median)]
+            lines.append(f"| {title_of(scenario, row['connections'])} | {TITLES[service]} | {' | '.join(cells)} |")
     return lines
 
 
@@ -339,6 +358,8 @@ def document(parts: dict[str, Part]) -> str:
         lines += ["## Targets", "", *verdict_lines(results), "", "## Services", "", *services_table(results), ""]
         if {PLAIN, THREADING} & set(results.services()):
             lines += [PLAIN_NOTE, ""]
+        if len(table := tls_table(results)) > TABLE_HEAD:
+            lines += ["## With TLS", "", *table, "", TLS_NOTE, ""]
         lines += ["## The SDK alone", "", *sdk_table(results), ""]
     if "grid" in parts:
         lines += ["## Document workers and batch size", "", circumstances(parts["grid"]), ""]
@@ -349,6 +370,10 @@ def document(parts: dict[str, Part]) -> str:
     return "\n".join(lines)
 
 
+TABLE_HEAD = 2
+TLS_NOTE = (
+    "Each has a certificate of the same kind (ECDSA, P-256) and its library's own choice of versions and ciphers."
+)
 PLAIN_NOTE = (
     "HTTPServer serves one client at a time and therefore closes after each answer (HTTP/1.0); ThreadingHTTPServer "
     "keeps connections (HTTP/1.1), a thread each."

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Self
 
 import h11
 
-from tests.service import Answer
+from tests.service import Answer, TlsPort
 
 TIMEOUT_SECONDS = 30.0
 RECEIVE_BYTES = 65_536
@@ -19,7 +20,7 @@ class Conversation:
     """One connection to a server: raw bytes out, answers in, parsed by h11, which refuses what is not HTTP.
 
     Args:
-        port: where the server listens, on 127.0.0.1.
+        port: where the server listens, on 127.0.0.1; of a `TlsPort` by TLS.
         receive_buffer_bytes: of the socket, None for the system's own; small to make the client a slow reader.
     """
 
@@ -35,7 +36,9 @@ class Conversation:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
             self.socket.settimeout(TIMEOUT_SECONDS)
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.socket.connect(("127.0.0.1", port))
+            self.socket.connect(("127.0.0.1", int(port)))
+            if isinstance(port, TlsPort):
+                self.socket = port.tls.wrap_socket(self.socket, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
         except OSError:
             self.socket.close()
             raise
@@ -58,7 +61,7 @@ class Conversation:
     def end(self) -> None:
         """Say that nothing more will be sent, and go on reading."""
         with suppress(OSError):  # the server has closed already
-            self.socket.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)  # of TLS too, whose own would give up reading
 
     def answer(self, method: str = "GET") -> Answer | None:
         """Return the next answer (a 100 is one of its own), None where the server has closed instead.
@@ -103,6 +106,17 @@ class Conversation:
             parser.receive_data(self._rest)
         self._rest = b""
         return parser
+
+    def has_news(self, seconds: float) -> bool:
+        """Wait so long for a byte of an answer, or the end; tell whether there is one."""
+        self.socket.settimeout(seconds)
+        try:
+            self._rest += self.socket.recv(RECEIVE_BYTES)
+        except TimeoutError:
+            return False
+        finally:
+            self.socket.settimeout(TIMEOUT_SECONDS)
+        return True
 
     def ask(self, request: bytes, method: str = "GET") -> Answer:
         """Send one request and return its answer.
@@ -163,8 +177,11 @@ def stuff(clients: Sequence[socket.socket], data: bytes) -> int:
     taken = 0
     for client in clients:
         client.setblocking(False)
-        with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            taken += client.send(data)
+        with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError, ssl.SSLWantWriteError):
+            rest = memoryview(data)
+            while rest:  # of TLS it takes a record at a time
+                sent = client.send(rest)
+                taken, rest = taken + sent, rest[sent:]
     return taken
 
 

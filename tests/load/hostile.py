@@ -11,20 +11,22 @@ ratios counts: what else the machine does at the moment falls on both sides of a
 import argparse
 import asyncio
 import resource
+import ssl
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from tests.emulator.process import EmulatorFailedError, EmulatorProcess
 from tests.load.clients import Conversation, cpu_seconds, crowd, request, resident_bytes, stuff
 from tests.sample_data import OneLineParser
-from tests.service import ServiceProcess, settings_for
+from tests.service import Certificates, ServiceProcess, settings_for
 
 PROFILES = 1000
 TOKEN = "hostile-clients"
@@ -132,17 +134,35 @@ def never_readers(port: int, count: int) -> Iterator[None]:
         yield
 
 
-OTHERS: dict[str, Callable[[int, int], AbstractContextManager[object]]] = {
+def client_hello() -> bytes:
+    """Return the first message of a TLS handshake."""
+    outgoing = ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost").do_handshake()
+    return outgoing.read()
+
+
+@contextmanager
+def unfinished_handshakes(port: int, count: int) -> Iterator[None]:
+    """Begin a TLS handshake each, have the service do its part, and wait."""
+    with crowd(int(port), count) as clients:
+        stuff(clients, client_hello())
+        yield
+
+
+Kinds = dict[str, Callable[[int, int], AbstractContextManager[object]]]
+OTHERS: Kinds = {
     "idle connections": crowd,
     "half-sent heads": half_sent_heads,
     "clients that ask for pictures and never read": never_readers,
 }
+TLS_OTHERS: Kinds = {"unfinished TLS handshakes": unfinished_handshakes}
 
 
-def good_client_rows(service: ServiceProcess, scale: Scale) -> Iterator[Row]:
+def good_client_rows(service: ServiceProcess, scale: Scale, kinds: Kinds) -> Iterator[Row]:
     """Measure the good client alone and beside the others, in turns."""
     p99_ms(service.port, scale.requests)  # nothing is cold any more
-    for name, others in OTHERS.items():
+    for name, others in kinds.items():
         alone, beside = [], []
         for turn in range(scale.turns):
             progress(f"a good client beside {scale.others} {name}: turn {turn + 1} of {scale.turns}")
@@ -302,7 +322,11 @@ def measure(scale: Scale) -> Iterator[Row]:
         settings = settings_for(database)
         with ServiceProcess(settings, "--access-log", "false") as service:
             yield idle_memory_row(service, scale)
-            yield from good_client_rows(service, scale)
+            yield from good_client_rows(service, scale, OTHERS)
+        with TemporaryDirectory() as folder:
+            made = Certificates(Path(folder))
+            with ServiceProcess(settings | made.settings, "--access-log", "false", tls=made.client()) as service:
+                yield from good_client_rows(service, scale, TLS_OTHERS)
         yield stop_row(settings, scale)
 
 

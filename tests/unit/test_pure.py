@@ -218,6 +218,7 @@ def answered(number: int) -> Any:
         "status": 200,
         "response": b"",
         "cut_off": "",
+        "connection": SimpleNamespace(client_cert=""),
         "seconds": 0.001,
     }
     handler |= {"client": "192.0.2.1", "operation": None, "headers": {}, "request_id": f"{number:09d}"}

@@ -1,12 +1,17 @@
 """Settings: one table, three sources, and one clear line for each mistake."""
 
+import ssl
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
+import trustme
+from cryptography.hazmat.primitives import serialization
 
 import micro_svc_demo as service
-from tests.service import ROOT
+from tests.service import ROOT, Certificates
 
 REQUIRED = {"COUCHBASE_HOST": "db", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"}
 ROWS = service.ROWS
@@ -84,6 +89,9 @@ def test_connection_string(environ: dict[str, str], connection_string: str) -> N
         ("COUCHBASE_QUERY_TIMEOUT_MS", "five"),
         ("SERVICE_PORT", "65536"),
         ("SERVICE_PORT", "-1"),
+        ("SERVICE_TLS_CERT", "/no/such/file"),
+        ("SERVICE_TLS_KEY", "."),
+        ("SERVICE_TLS_CLIENT_CA", "/no/such/file"),
         ("METRICS_PORT", "none"),
         ("THREADS", "+8"),
         ("THREADS", "٨"),
@@ -154,6 +162,86 @@ def test_password_is_not_repeated_in_an_error() -> None:
     with pytest.raises(service.SettingsError) as raised:
         read(COUCHBASE_PASSWORD="marked\0secret")
     assert "marked" not in str(raised.value)
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Certificates:
+    """A certificate with its key and authority."""
+    return Certificates(tmp_path)
+
+
+def test_tls_needs_certificate_and_key(certificates: Certificates) -> None:
+    """One without the other is a mistake, and so is an authority for clients without both; flags do as well."""
+    cert, key = certificates.settings.values()
+    assert read("--tls-cert", cert, "--tls-key", key, "--tls-client-ca", str(certificates.ca_file)).tls_key == key
+    for name, value in (("CERT", cert), ("KEY", key), ("CLIENT_CA", str(certificates.ca_file))):
+        with pytest.raises(service.SettingsError, match="SERVICE_TLS_CERT, SERVICE_TLS_KEY: allowed: both or none"):
+            read(**{f"SERVICE_TLS_{name}": value})
+
+
+def mistaken(kind: str, certificates: Certificates, folder: Path) -> None:
+    """Do something to the files that makes them no use."""
+    now, day = datetime.now(UTC), timedelta(days=1)
+    if kind == "another's key":
+        (folder / "other").mkdir()
+        certificates.key.write_bytes(Certificates(folder / "other").key.read_bytes())
+    elif kind == "expired":
+        certificates.renew(not_after=now - day)
+    elif kind == "not yet valid":
+        certificates.renew(not_before=now + day, not_after=now + 2 * day)
+    elif kind == "a passphrase":
+        key = serialization.load_pem_private_key(certificates.key.read_bytes(), None)
+        sealed = serialization.BestAvailableEncryption(b"x")
+        form = serialization.PrivateFormat.PKCS8
+        certificates.key.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, sealed))
+    else:
+        path = {"no certificate": certificates.cert, "no key": certificates.key, "no authority": certificates.ca_file}
+        path[kind].write_text("no PEM\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "why"),
+    [
+        ("another's key", "SERVICE_TLS_CERT, SERVICE_TLS_KEY: ", "key values mismatch"),
+        ("expired", "SERVICE_TLS_CERT, SERVICE_TLS_KEY: ", "certificate has expired"),
+        ("not yet valid", "SERVICE_TLS_CERT, SERVICE_TLS_KEY: ", "not yet valid"),
+        ("a passphrase", "SERVICE_TLS_CERT, SERVICE_TLS_KEY: ", "without a passphrase"),
+        ("no certificate", "SERVICE_TLS_CERT, SERVICE_TLS_KEY: ", "PEM"),
+        ("no key", "SERVICE_TLS_CERT, SERVICE_TLS_KEY: ", "PEM"),
+        ("no authority", "SERVICE_TLS_CLIENT_CA: ", "PEM"),
+    ],
+)
+def test_a_certificate_that_is_no_use_is_one_line_and_2(
+    certificates: Certificates, tmp_path: Path, kind: str, where: str, why: str
+) -> None:
+    """Nothing is bound, nobody is asked for a passphrase, and the line says which setting and what is allowed."""
+    mistaken(kind, certificates, tmp_path)
+    ca = {"SERVICE_TLS_CLIENT_CA": str(certificates.ca_file)}
+    ended = run("--port", "0", "--metrics-port", "0", **REQUIRED, **certificates.settings, **ca)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith(f"micro_svc_demo: {where}") and why in ended.stderr
+
+
+@pytest.mark.parametrize("key", [trustme.KeyType.RSA, trustme.KeyType.ECDSA])
+def test_a_certificate_of_an_intermediate_authority(tmp_path: Path, key: trustme.KeyType) -> None:
+    """The chain in the file reaches a client that trusts the root alone; the time is that of the certificate itself."""
+    root = trustme.CA(key_type=key)
+    until = datetime.now(UTC).replace(microsecond=0) + timedelta(days=5)
+    made = root.create_child_ca(key_type=key).issue_cert("localhost", not_after=until, key_type=key)
+    files = Certificates(tmp_path)
+    files.cert.write_bytes(b"".join(pem.bytes() for pem in made.cert_chain_pems))
+    made.private_key_pem.write_to_path(files.key)
+    assert len(made.cert_chain_pems) == 2
+    context, expires = service.server_context(read(**files.settings))
+    assert expires == until.timestamp()
+    client = ssl.create_default_context(cadata=root.cert_pem.bytes().decode())
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    asks = client.wrap_bio(to_client, to_server, server_hostname="localhost")
+    for side in (asks, context.wrap_bio(to_server, to_client, server_side=True)):
+        with pytest.raises(ssl.SSLWantReadError):
+            side.do_handshake()
+    asks.do_handshake()
+    assert asks.getpeercert()
 
 
 def test_every_setting_is_in_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,15 +28,21 @@ def operation(name: str, target: str, outcome: str = "ok", size: int = 1) -> ser
 def spans(handle) -> Spans:
     """Answer one request and record its spans; return them, children first."""
 
-    def spans(path: str, done: service.Operation | None = None, *fields: str) -> list[ReadableSpan]:
+    def spans(path: str, done: service.Operation | None = None, *fields: str, tls: object = None) -> list[ReadableSpan]:
         exporter, provider = InMemorySpanExporter(), TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(exporter))
         handler = handle(path, "Authorization: Bearer secret", *fields)
-        handler.operation = done
+        handler.operation, handler.server.tls = done, tls
         service.record_spans(provider.get_tracer("test"), handler, "sample_app.profiles")
         return list(exporter.get_finished_spans())
 
     return spans
+
+
+def test_the_scheme_is_that_of_the_port(spans: Spans) -> None:
+    for tls, scheme in ((None, "http"), (object(), "https")):
+        [server] = spans("/healthz", tls=tls)
+        assert server.attributes is not None and server.attributes["url.scheme"] == scheme
 
 
 def test_request_and_operation(spans: Spans, shelf) -> None:

@@ -3,11 +3,14 @@
 // Written the way their makers recommend: NODE_ENV=production, no synchronous calls, one connection for the life of the
 // process, errors through one error handler (Express 5 passes rejected promises on), `x-powered-by` off, stored JSON
 // passed through by the SDK's raw transcoder, and Node's cluster module for more than one process. Settings come from
-// the service's own environment variables, and SERVICE_PORT, WORKERS and ACCESS_LOG (morgan, `true` or `false`).
+// the service's own environment variables, and SERVICE_PORT, SERVICE_TLS_CERT and SERVICE_TLS_KEY, WORKERS and
+// ACCESS_LOG (morgan, `true` or `false`).
 
 import cluster from 'node:cluster'
 import { randomUUID, timingSafeEqual } from 'node:crypto'
-import { STATUS_CODES } from 'node:http'
+import { readFileSync } from 'node:fs'
+import { createServer, STATUS_CODES } from 'node:http'
+import { createServer as createSecureServer } from 'node:https'
 import couchbase from 'couchbase'
 import express from 'express'
 import morgan from 'morgan'
@@ -160,7 +163,11 @@ async function serve() {
   app.use('/api/v1', requireToken(token), routes(scope))
   app.use((_request, _response, next) => next(new Problem(404, 'no such route')))
   app.use(sendProblem)
-  const server = app.listen({ port: Number(process.env.SERVICE_PORT), host: '127.0.0.1', backlog: BACKLOG })
+  const { SERVICE_TLS_CERT: cert, SERVICE_TLS_KEY: key } = process.env
+  const server = cert
+    ? createSecureServer({ cert: readFileSync(cert), key: readFileSync(key) }, app)
+    : createServer(app)
+  server.listen({ port: Number(process.env.SERVICE_PORT), host: '127.0.0.1', backlog: BACKLOG })
   process.once('SIGTERM', () => {
     server.close(async () => {
       await connection.close()
