@@ -60,7 +60,7 @@ def shell(server: ApiServer, tmp_path: Path) -> Shell:
 
 
 @pytest.mark.parametrize(
-    "folder", ["k8s/", "k8s/autoscaling/", "k8s/sample-data/"]
+    "folder", ["k8s/", "k8s/autoscaling/", "k8s/gateway/", "k8s/gateway/envoy/", "k8s/sample-data/"]
 )
 def test_second_apply_changes_nothing(shell: Shell, server: ApiServer, folder: str) -> None:
     """It says so too, but for the PodDisruptionBudget: kubectl always sends a selector that policy/v1 has replaced."""
