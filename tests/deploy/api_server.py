@@ -14,6 +14,13 @@ KINDS = {
     "apps/v1": {"deployments": "Deployment"},
     "autoscaling/v2": {"horizontalpodautoscalers": "HorizontalPodAutoscaler"},
     "batch/v1": {"jobs": "Job"},
+    "cert-manager.io/v1": {"certificates": "Certificate", "issuers": "Issuer"},
+    "gateway.envoyproxy.io/v1alpha1": {"backendtrafficpolicies": "BackendTrafficPolicy"},
+    "gateway.networking.k8s.io/v1": {
+        "backendtlspolicies": "BackendTLSPolicy",
+        "gateways": "Gateway",
+        "httproutes": "HTTPRoute",
+    },
     "networking.k8s.io/v1": {"networkpolicies": "NetworkPolicy"},
     "policy/v1": {"poddisruptionbudgets": "PodDisruptionBudget"},
 }

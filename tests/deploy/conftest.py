@@ -11,7 +11,15 @@ from tests.deploy.dockerfile import Build
 from tests.deploy.kustomize import Manifest, render
 from tests.service import ROOT
 
-KUSTOMIZATIONS = ("k8s", "k8s/autoscaling", "k8s/sample-data", "k8s/couchbase", "k8s/namespaces")
+KUSTOMIZATIONS = (
+    "k8s",
+    "k8s/autoscaling",
+    "k8s/gateway",
+    "k8s/gateway/envoy",
+    "k8s/sample-data",
+    "k8s/couchbase",
+    "k8s/namespaces",
+)
 
 
 @pytest.fixture(scope="session", params=KUSTOMIZATIONS)

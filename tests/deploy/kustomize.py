@@ -84,17 +84,22 @@ def refuse_others(mapping: dict[str, Any], known: set[str]) -> None:
 
 
 def apply_patch(patch: dict[str, Any], objects: list[Manifest]) -> None:
-    """Apply a JSON patch (RFC 6902) that takes members away; raises UnknownFieldError for any other operation."""
+    """Apply a JSON patch (RFC 6902) that sets or takes away members; raises UnknownFieldError for other operations."""
     refuse_others(patch, {"target", "patch"})
     refuse_others(patch["target"], {"kind", "name"})
     wanted = (patch["target"]["kind"], patch["target"]["name"])
     [manifest] = [each for each in objects if (each["kind"], each["metadata"]["name"]) == wanted]
     for operation in yaml.safe_load(patch["patch"]):
-        refuse_others(operation, {"op", "path"})
-        if operation["op"] != "remove":
-            raise UnknownFieldError(f"cannot do {operation['op']!r}")
+        refuse_others(operation, {"op", "path", "value"})
         *parents, last = operation["path"].strip("/").split("/")
         holder: Any = manifest
         for name in parents:
-            holder = holder[name]
-        del holder[last]
+            holder = holder[int(name) if isinstance(holder, list) else name]
+        if not isinstance(holder, dict) or (operation["op"] == "add") == (last in holder):
+            raise UnknownFieldError(f"cannot do {operation}")
+        if operation["op"] == "remove":
+            del holder[last]
+        elif operation["op"] in ("add", "replace"):
+            holder[last] = operation["value"]
+        else:
+            raise UnknownFieldError(f"cannot do {operation['op']!r}")

@@ -1,7 +1,10 @@
 """What custom resources look like that `kubernetes-validate` knows nothing of: only the fields that are used here.
 
-Field names and types are those of the operator's reference (couchbase.com/v2, Autonomous Operator 2.9) and of
-cert-manager's (cert-manager.io/v1). Every other field is refused, so a slip of the pen is found without a cluster.
+Field names and types are those of the operator's reference (couchbase.com/v2, Autonomous Operator 2.9), of
+cert-manager's (cert-manager.io/v1), of the Gateway API's (gateway.networking.k8s.io/v1, release 1.4) and of Envoy
+Gateway's (gateway.envoyproxy.io/v1alpha1, release 1.4). Every other field is refused, so a slip of the pen is found
+without a cluster. Within lists, fields that the API gives a default are required: kubectl compares lists of custom
+resources as they stand, and would send one that lacks them at every apply.
 """
 
 import re
@@ -81,8 +84,67 @@ CLUSTER = exactly(
     volumeClaimTemplates=some(exactly({"metadata": exactly({"name": NAME}), "spec": exactly({"resources": REQUESTS})})),
 )
 ISSUER_REFERENCE = exactly({"group": {"const": "cert-manager.io"}, "kind": {"const": "Issuer"}, "name": NAME})
-PRIVATE_KEY = exactly(
-    {"algorithm": {"const": "RSA"}, "encoding": {"const": "PKCS1"}, "size": {"enum": [2048, 3072, 4096]}}
+PRIVATE_KEY = {
+    "oneOf": [
+        exactly({"algorithm": {"const": "RSA"}, "encoding": {"const": "PKCS1"}, "size": {"enum": [2048, 3072, 4096]}}),
+        exactly({"algorithm": {"const": "ECDSA"}, "encoding": {"const": "PKCS8"}, "size": {"enum": [256, 384, 521]}}),
+    ]
+}
+HOST_NAME: Schema = {"type": "string", "pattern": r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"}
+SECTION: Schema = {"type": "string", "pattern": r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
+PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
+GATEWAY_DURATION: Schema = {"type": "string", "pattern": r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
+SAME_NAMESPACE = exactly({"namespaces": exactly({"from": {"const": "Same"}})})
+
+
+def reference(group: str, kind: str, **more: Schema) -> Schema:
+    """Return the schema of a reference to one object of a kind."""
+    return exactly({"group": {"const": group}, "kind": {"const": kind}, "name": NAME, **more})
+
+
+LISTENERS = {
+    "oneOf": [
+        exactly(
+            {
+                "name": SECTION,
+                "protocol": {"const": "HTTPS"},
+                "port": PORT,
+                "tls": exactly({"mode": {"const": "Terminate"}, "certificateRefs": some(reference("", "Secret"))}),
+                "allowedRoutes": SAME_NAMESPACE,
+            }
+        ),
+        exactly(
+            {"name": SECTION, "protocol": {"const": "HTTP"}, "port": PORT, "allowedRoutes": SAME_NAMESPACE},
+        ),
+    ]
+}
+MATCH = exactly({"path": exactly({"type": {"const": "PathPrefix"}, "value": {"type": "string", "pattern": "^/"}})})
+BACKEND = reference("", "Service", port=PORT, weight={"type": "integer", "minimum": 0})
+REDIRECT = exactly(
+    {
+        "type": {"const": "RequestRedirect"},
+        "requestRedirect": exactly({"scheme": {"const": "https"}, "statusCode": {"enum": [301, 302]}}),
+    }
+)
+ROUTE_RULE = {
+    "oneOf": [
+        exactly(
+            {
+                "matches": some(MATCH),
+                "timeouts": exactly({"request": GATEWAY_DURATION}),
+                "backendRefs": some(BACKEND),
+            }
+        ),
+        exactly({"matches": some(MATCH), "filters": some(REDIRECT)}),
+    ]
+}
+RATE_RULE = exactly(
+    {
+        "clientSelectors": some(
+            exactly({"sourceCIDR": exactly({"type": {"const": "Distinct"}, "value": {"enum": ["0.0.0.0/0", "::/0"]}})})
+        ),
+        "limit": exactly({"requests": {"type": "integer", "minimum": 1}, "unit": {"enum": ["Second", "Minute"]}}),
+    }
 )
 USAGES = {"enum": ["digital signature", "key encipherment", "server auth", "client auth", "cert sign"]}
 
@@ -141,6 +203,28 @@ SPECS: dict[tuple[str, str], Schema] = {
         isCA=TRUE,
         dnsNames=some({"type": "string", "pattern": r"^(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"}),
         usages=some(USAGES),
+    ),
+    ("gateway.networking.k8s.io/v1", "Gateway"): exactly({"gatewayClassName": NAME, "listeners": some(LISTENERS)}),
+    ("gateway.networking.k8s.io/v1", "HTTPRoute"): exactly(
+        {
+            "parentRefs": some(reference("gateway.networking.k8s.io", "Gateway", sectionName=SECTION)),
+            "rules": some(ROUTE_RULE),
+        }
+    ),
+    ("gateway.networking.k8s.io/v1", "BackendTLSPolicy"): exactly(
+        {
+            "targetRefs": some(reference("", "Service", sectionName=SECTION)),
+            "validation": exactly(
+                {"hostname": HOST_NAME, "caCertificateRefs": some(reference("", "ConfigMap"))},
+            ),
+        }
+    ),
+    ("gateway.envoyproxy.io/v1alpha1", "BackendTrafficPolicy"): exactly(
+        {
+            "targetRefs": some(reference("gateway.networking.k8s.io", "HTTPRoute")),
+            "rateLimit": exactly({"type": {"const": "Local"}, "local": exactly({"rules": some(RATE_RULE)})}),
+            "timeout": exactly({"http": exactly({"connectionIdleTimeout": GATEWAY_DURATION})}),
+        }
     ),
 }
 

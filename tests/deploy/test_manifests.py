@@ -25,6 +25,11 @@ KUBECTL_SECONDS = 60
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "k8s").rglob("*.template"))
 FOLDERS = sorted(path.parent for path in (ROOT / "k8s").rglob("kustomization.yaml"))
+CUSTOM = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("couchbase", "gateway")
+    for path in (ROOT / "k8s" / folder).rglob("[!k]*.yaml")
+)
 APPLIED = (".yaml", ".yml", ".json")
 """What `kubectl apply -f FOLDER` reads."""
 
@@ -69,9 +74,9 @@ class TestValidity:
             with pytest.raises(kubernetes_validate.ValidationError):
                 kubernetes_validate.validate(broken, minor, strict=True)
 
-    @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "k8s/couchbase").glob("[!k]*.yaml")))
-    def test_unknown_fields_of_custom_resources_are_refused(self, name: str) -> None:
-        manifest = load(ROOT / "k8s/couchbase" / name)
+    @pytest.mark.parametrize("path", CUSTOM)
+    def test_unknown_fields_of_custom_resources_are_refused(self, path: str) -> None:
+        manifest = load(ROOT / path)
         jsonschema.validate(manifest, schema_of(manifest))
         manifest["spec"]["unheard"] = 1
         with pytest.raises(jsonschema.ValidationError):
@@ -138,7 +143,10 @@ class TestRendering:
 
     @pytest.mark.parametrize(
         "line",
-        ["namePrefix: x-", "patches: [{target: {kind: Namespace, name: n}, patch: '[{op: add, path: /a, value: 1}]'}]"],
+        [
+            "namePrefix: x-",
+            "patches: [{target: {kind: Namespace, name: n}, patch: '[{op: test, path: /kind, value: 1}]'}]",
+        ],
     )
     def test_unknown_features_are_refused(self, line: str, tmp_path: Path) -> None:
         (tmp_path / "kustomization.yaml").write_text(f"resources: [namespace.yaml]\n{line}\n")
@@ -384,7 +392,9 @@ class TestReadme:
         assert len(paths) > 10 and all((ROOT / path).exists() for path in paths)
         assert all((ROOT / path).exists() for path in re.findall(r"`(k8s/[\w./-]*)`", README))
         names = {each["metadata"]["name"] for path in KUSTOMIZATIONS for each in render(ROOT / path)}
-        named = re.findall(r"(?:deployment|service|job|hpa|certificate|couchbasecluster)[ /](demopy[a-z-]*)", README)
+        named = re.findall(
+            r"(?:deployment|service|job|hpa|certificate|gateway|couchbasecluster)[ /](demopy[a-z-]*)", README
+        )
         assert set(named) <= names
 
     def test_folders_are_applied_as_kustomizations(self) -> None:
@@ -394,23 +404,28 @@ class TestReadme:
 
     def test_secrets_can_be_made_again(self) -> None:
         """`create` alone fails where there is one; and they are those that the templates describe."""
-        made = [command for command in self.COMMANDS if "create secret" in command]
-        assert all(command.endswith(" --dry-run=client -o yaml | kubectl apply -f -") for command in made)
-        named = {re.search(r"generic (\S+) -n (\S+)", command).groups() for command in made}
+        made = [command for command in self.COMMANDS if re.search(" create (secret|configmap) ", command)]
+        assert len(made) > 4 and all(
+            command.endswith(" --dry-run=client -o yaml | kubectl apply -f -") for command in made
+        )
+        named = {pair for command in made for pair in re.findall(r"generic (\S+) -n (\S+)", command)}
         metadata = [load(ROOT / path)["metadata"] for path in TEMPLATES]
         assert named == {(each["name"], each["namespace"]) for each in metadata}
 
     def test_what_must_be_there_is_waited_for(self) -> None:
         """Webhooks before what they check, the certificate before its file is written, and never for ever."""
         assert all(command.endswith(" --wait") for command in self.COMMANDS if command.startswith("helm install"))
-        [reading] = [i for i, command in enumerate(self.COMMANDS) if command.endswith("> ca.crt")]
-        secret = re.search(r"get secret (\S+)", self.COMMANDS[reading])[1]
         certificates = {
             each["spec"]["secretName"]: each["metadata"]["name"]
-            for each in render(ROOT / "k8s/couchbase")
+            for folder in ("k8s/couchbase", "k8s/gateway")
+            for each in render(ROOT / folder)
             if each["kind"] == "Certificate"
         }
-        assert f" certificate/{certificates[secret]} " in self.COMMANDS[reading - 1]
+        readings = [i for i, command in enumerate(self.COMMANDS) if re.search(r"> \S*ca\.crt$", command)]
+        assert len(readings) == 2
+        for reading in readings:
+            secret = re.search(r"get secret (\S+)", self.COMMANDS[reading])[1]
+            assert f" certificate/{certificates[secret]} " in self.COMMANDS[reading - 1]
         waits = [command for command in self.COMMANDS if re.match(r"kubectl (wait|rollout status)", command)]
         assert len(waits) > 3 and all("--timeout=" in command for command in waits)
 

@@ -65,7 +65,7 @@ class TestSettings:
         assert settings.connection_string.startswith("couchbases://")
 
     def test_files_are_those_of_the_secret(self, pod: Pod) -> None:
-        [mount], [volume] = pod.container["volumeMounts"], pod.spec["volumes"]
+        mount, volume = pod.container["volumeMounts"][0], pod.spec["volumes"][0]
         assert mount["readOnly"] is True and mount["name"] == volume["name"]
         paths = {pod.environment[name] for name in ("COUCHBASE_PASSWORD_FILE", "COUCHBASE_TLS_CA")}
         assert paths == {f"{mount['mountPath']}/{name}" for name in ("password", "ca.crt")}
@@ -75,7 +75,7 @@ class TestSettings:
         context = pod.spec["securityContext"]
         assert build.stage().user == f"{context['runAsUser']}:{context['runAsGroup']}"
         assert context["fsGroup"] == context["runAsGroup"]
-        assert pod.spec["volumes"][0]["secret"]["defaultMode"] == 0o440
+        assert {volume["secret"]["defaultMode"] for volume in pod.spec["volumes"]} == {0o440}
 
     def test_ports_are_the_images(self, pod: Pod, build: Build) -> None:
         assert [pod.port("http"), pod.port("metrics")] == build.stage().ports

@@ -22,7 +22,7 @@ from tests.emulator.process import EmulatorProcess
 from tests.functional.test_hostile import ImpatientService, complaints
 from tests.load.clients import Conversation, request
 from tests.load.hostile import client_hello
-from tests.service import Certificates, ServiceProcess, settings_for
+from tests.service import Certificates, ServiceProcess, administrator_settings, settings_for
 
 WAIT_SECONDS = 15.0
 NOBODY = {"COUCHBASE_HOST": "couchbase://127.0.0.1:1", "COUCHBASE_USER": "u", "COUCHBASE_PASSWORD": "p"}
@@ -49,7 +49,7 @@ def mutual(database, certificates: Certificates) -> Iterator[ServiceProcess]:
 @pytest.fixture(scope="module")
 def large(database) -> Iterator[bytes]:
     """A picture of 3 MB."""
-    settings = micro_svc_demo.read_settings([], settings_for(database))
+    settings = micro_svc_demo.read_settings([], administrator_settings(database))
     cluster = micro_svc_demo.open_cluster(settings)
     images = cluster.bucket(settings.couchbase_bucket).scope(settings.couchbase_scope).collection("user_images")
     picture = os.urandom(3_000_000)
@@ -374,7 +374,7 @@ class TestAsInPlain:
                 busy, idle, halfway = (stack.enter_context(Conversation(port)) for port in ports)
                 halfway.send(HELLO)
                 busy.send(request("/api/v1/id/1", clean_faults.token))
-                wait_until(lambda: clean_faults.stats()["operations"].get("get", 0) > before, 10, "it is asked")
+                wait_until(lambda: clean_faults.stats()["operations"].get("get", 0) > before, "it is asked")
                 service.process.send_signal(signal.SIGTERM)
                 reply = busy.answer()
                 assert reply is not None and (reply.status, reply.headers["connection"]) == (200, "close")
