@@ -146,7 +146,7 @@ function problemOf(error) {
 // Express knows an error handler by its four parameters
 function sendProblem(error, request, response, _next) {
   const { status, message: detail, headers } = problemOf(error)
-  response.status(status).set(headers).set('Content-Type', 'application/problem+json')
+  response.status(status).set(headers).set('Cache-Control', 'no-store').set('Content-Type', 'application/problem+json')
   response.send(
     Buffer.from(JSON.stringify({ title: STATUS_CODES[status], status, detail, request_id: request.id }))
   )

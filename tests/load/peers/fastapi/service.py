@@ -85,8 +85,8 @@ class CommonHeaders:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
-                if scope["path"].startswith("/api/"):
-                    headers["Cache-Control"] = "private, no-cache"
+                kept = message["status"] < 400 and scope["path"].startswith("/api/")
+                headers["Cache-Control"] = "private, no-cache" if kept else "no-store"
             await send(message)
 
         await self.app(scope, receive, send_with_headers)

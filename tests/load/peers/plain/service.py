@@ -151,8 +151,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("X-Request-ID", self.request_id)
         self.send_header("X-Content-Type-Options", "nosniff")
-        if self.path.startswith("/api/"):
-            self.send_header("Cache-Control", "private, no-cache")
+        kept = status < HTTPStatus.BAD_REQUEST and self.path.startswith("/api/")
+        self.send_header("Cache-Control", "private, no-cache" if kept else "no-store")
         if status != HTTPStatus.NOT_MODIFIED:
             self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
