@@ -1612,7 +1612,7 @@ class Loader:
         elif isinstance(awaited, Get):
             waiting = self.waiting.setdefault(awaited.collection, {})
             waiting.setdefault(awaited.key, []).append(awaited)
-            if len(waiting) >= self.batch_size:
+            if len(waiting) >= self.batch_size and self._batches.free:
                 self.dispatch()
         return None if self._watching else self._watch()
 
