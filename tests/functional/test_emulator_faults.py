@@ -27,8 +27,7 @@ from tests.emulator.raw import RawClient, packet
 from tests.emulator.sdk import connect
 
 PROFILES = 200
-SHORT = timedelta(seconds=1)  # for what is not answered, and enough for what is answered beside it
-PATIENT = timedelta(seconds=20)
+SHORT, PATIENT = timedelta(seconds=1), timedelta(seconds=20)  # SHORT: of what is not answered; enough for all else
 MINUTE_MS = 60_000
 KEYS = [f"user_data:{number}" for number in range(1, PROFILES + 1)]
 QUERY = "SELECT RAW name FROM system:indexes WHERE keyspace_id = 'user_data'"
