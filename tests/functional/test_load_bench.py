@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -89,6 +90,39 @@ def test_a_service_that_answers_otherwise_is_not_measured(
     assert json.loads((tmp_path / "services.json").read_text())["measurements"] == []
 
 
+@pytest.mark.skipif(not (shutil.which("git") and shutil.which("wrk")), reason="needs git and wrk (Debian's packages)")
+def test_against_another_commit_gives_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of each figure, and it is the commit's own service that runs: its other header is noticed. No file is written.
+
+    Without a checkout, or for a name that no commit has, it is one line and exit code 2.
+    """
+    monkeypatch.setattr(command_line, "ROOT", tmp_path)
+    monkeypatch.setattr(command_line, "RESULTS", tmp_path / "results")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    complaint = "python -m tests.load: git has no commit 'abc' of this service here; is this a checkout?\n"
+    assert (command_line.main(["--against", "abc"]), capsys.readouterr().err) == (2, complaint)
+    (tmp_path / "micro_svc_demo.py").write_text((ROOT / "micro_svc_demo.py").read_text().replace("nosniff", "sniff"))
+    author = ["-c", "user.name=Test", "-c", "user.email=test@example.com", "-c", "commit.gpgsign=false"]
+    for command in (["init", "--quiet"], ["add", "."], [*author, "commit", "--quiet", "--message", "Test"]):
+        subprocess.run(["git", *command], cwd=tmp_path, timeout=60, check=True)  # noqa: S607  # found by its name
+    assert (command_line.main(["--against", "abc"]), capsys.readouterr().err) == (2, complaint)
+    flags = ["--only", "by-id-1,by-id-8", "--seconds", "1", "--repeat", "2", "--warm-up", "0"]
+    code = command_line.main(["--against", "HEAD", *flags])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "the other commit: it answers otherwise, which may cost or save time: profile 1: x-content" in printed.err
+    whose = re.findall(r"micro_svc_demo, log on(, the other commit)?, by-id-1: ", printed.err)
+    assert [bool(each) for each in whose] == [False, True, True, False]
+    _, _, one, eight, memory = printed.out.splitlines()
+    for line, name, count in ((one, "by-id-1", 4), (eight, "by-id-8", 4), (memory, "resident memory", 1)):
+        ratios = re.findall(r"(\d+\.\d\d) \((\d+\.\d\d)–(\d+\.\d\d)\)", line)
+        assert line.startswith(name) and len(ratios) == count, line
+        assert all(0 < float(low) <= float(median) <= float(high) for median, low, high in ratios), line
+    assert not (tmp_path / "results").exists()
+
+
 def test_what_several_wrk_count_is_added_up() -> None:
     """But for times: of those the largest counts."""
     one = {"requests": 300, "duration_us": 1_000_000, "p99_us": 700, "timeouts": 0}
@@ -109,6 +143,8 @@ class TestCommandLine:
             (["--quick", "--full"], "not allowed with"),
             (["--cluster", "--grid"], "need the emulator"),
             (["--no-services"], "needs --grid or --growth"),
+            (["--against", "HEAD", "--grid"], "--against does not go with --grid"),
+            (["--against", "HEAD", "--only", "sdk"], "--against does not measure sdk"),
             (["--unknown"], "--unknown"),
         ],
     )
@@ -239,6 +275,18 @@ class TestReport:
             row["rounds"][1]["failures"] = 1  # in one round of three: the median would hide it
         checks = {check.what: check for check in bench_report.verdict(Results(part))}
         assert checks["1,000 connections, failures"].met is False
+
+    def test_ratios_are_of_the_same_round(self) -> None:
+        """Twice, three and four times as fast in that round; a round that only one of both finished is left out."""
+        rates = [(2000.0, 1000.0), (1200.0, 300.0), (30.0, 10.0), (9e9,)]
+        rounds: list[list[dict[str, Any]]] = [[] for _ in rates]
+        for rows, pair in zip(rounds, rates, strict=True):
+            for other_commit, rate in enumerate(pair):
+                row = measured("ours", "by-id-32", False, requests_per_second=rate)
+                rows.append(row | {"other_commit": bool(other_commit), "rounds": row["rounds"][2:]})
+        lines = bench_report.against_lines(rounds)
+        assert re.split(" {2,}", lines[1]) == ["by-id-32", "3.00 (2.00–4.00)", *["1.00 (1.00–1.00)"] * 3]
+        assert lines[2:] == ["resident memory after by-id-32: 1.00 (1.00–1.00), 60.0 MB as it is"]
 
     def test_tables_name_each_scenario_once(self, part: dict[str, Any]) -> None:
         page = bench_report.document({"services": part})

@@ -7,16 +7,19 @@ import argparse
 import json
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from micro_svc_demo import SettingsError
 from tests.load import bench, bench_capacity, bench_charts, bench_report, bench_tools
-from tests.load.bench_plan import IN_PRODUCTION, NAMES, OURS, QUICK, TITLES
+from tests.load.bench_plan import AGAINST, IN_PRODUCTION, NAMES, OURS, QUICK, TITLES
 from tests.load.bench_processes import RunError
 from tests.sample_data import OneLineParser, whole_number
+from tests.service import ROOT
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -75,6 +78,12 @@ def parser() -> OneLineParser:
         "--no-services", action="store_true", help="leave the comparison out: only --grid or --growth is measured"
     )
     flags.add_argument(
+        "--against",
+        metavar="COMMIT",
+        help="measure our service as another commit has it in turns with the present one, five rounds of 5 s each, "
+        "and print the ratios; goes with --only, --seconds, --repeat and --warm-up",
+    )
+    flags.add_argument(
         "--cluster",
         action="store_true",
         help="use the cluster that the service's COUCHBASE_* settings name instead of the emulator; it must have the "
@@ -95,7 +104,14 @@ def parser() -> OneLineParser:
 
 def choices_from(flags: OneLineParser, given: argparse.Namespace) -> tuple[list[str], bench.Choices]:
     """Return the parts to run and how, having refused what does not go together."""
-    partial = given.quick or given.services or given.only
+    if given.against is not None:
+        allowed = ("against", "only", "seconds", "repeat", "warm_up")
+        for name, value in vars(given).items():
+            if name not in allowed and value != flags.get_default(name):
+                flags.error(f"--against does not go with --{name.replace('_', '-')}")
+        if "sdk" in (given.only or ()):
+            flags.error("--against does not measure sdk, which is the same for both")
+    partial = (given.quick or given.services or given.only) and given.against is None
     parts = [] if given.no_services else ["services"]
     parts += ["grid"] if given.grid or given.full else []
     parts += ["growth"] if given.growth or given.full else []
@@ -109,11 +125,14 @@ def choices_from(flags: OneLineParser, given: argparse.Namespace) -> tuple[list[
         flags.error(
             "a part of a run, or one on a cluster, needs --output DIR: results would replace those of a whole run"
         )
-    preset = FULL if given.full else QUICK_RUN if given.quick else DEFAULT
+    preset = FULL if given.full or given.against is not None else QUICK_RUN if given.quick else DEFAULT
     services = given.services or (IN_PRODUCTION if given.quick else tuple(TITLES))
+    only = given.only or (QUICK if given.quick else ())
+    if given.against is not None:
+        services, only = (OURS,), given.only or AGAINST
     choices = bench.Choices(
         services=services,
-        only=given.only or (QUICK if given.quick else ()),
+        only=only,
         seconds=given.seconds or preset["seconds"],
         repeat=given.repeat or preset["repeat"],
         warm_up_seconds=given.warm_up,
@@ -142,6 +161,28 @@ def measure(parts: list[str], choices: bench.Choices, tools: bench_tools.Tools, 
         if part != "services":
             results["repeat"] = 1
         (output / f"{part}.json").write_text(bench_report.as_json(results))
+    return run.errors
+
+
+def against(commit: str, choices: bench.Choices) -> list[str]:
+    """Measure another commit in turns with the present one and print the ratios; return what went wrong.
+
+    Raises:
+        ToolError: git has no such commit, or a tool is missing.
+    """
+    tools = bench_tools.find([OURS], Path(), say)
+    git = ["git", "-C", str(ROOT), "show", "--end-of-options", f"{commit}^{{commit}}:./micro_svc_demo.py"]
+    if not (text := bench_tools.output_of(git)):
+        raise bench_tools.ToolError(f"git has no commit {commit!r} of this service here; is this a checkout?")
+    with tempfile.TemporaryDirectory(prefix="load-") as folder:
+        path = Path(folder, "other_commit.py")  # a name of its own: coverage looks for the other after the tests
+        path.write_text(text)
+        total, seconds = bench.count_all(["services"], choices)
+        say(f"{2 * total} measurements, about {max(1, round(2 * seconds / 60))} min")
+        run = bench.Run(replace(tools, other_commit=path), choices, say, 2 * total)
+        rounds = bench.against(run)
+    print(f"the present state divided by {commit}: the median of the rounds' ratios (lowest–highest)")
+    print("\n".join(bench_report.against_lines(rounds)))
     return run.errors
 
 
@@ -182,17 +223,20 @@ def main(argv: list[str] | None = None) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # thousands of connections, here and in what is started
     errors: list[str] = []
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not (given.report or given.verdict):
-            tools = bench_tools.find({*choices.services, OURS}, given.tools or bench_tools.default_folder(), say)
-            started = time.monotonic()
-            errors = measure(parts, choices, tools, output)
-            say(f"done in {(time.monotonic() - started) / 60:.1f} min")
-        results = load(output)
-        if not given.verdict:
-            report(results, output)
-        if "services" in results:
-            print("\n".join(bench_report.verdict_lines(bench_report.Results(results["services"]))))
+        if given.against is not None:
+            errors = against(given.against, choices)
+        else:
+            output.mkdir(parents=True, exist_ok=True)
+            if not (given.report or given.verdict):
+                tools = bench_tools.find({*choices.services, OURS}, given.tools or bench_tools.default_folder(), say)
+                started = time.monotonic()
+                errors = measure(parts, choices, tools, output)
+                say(f"done in {(time.monotonic() - started) / 60:.1f} min")
+            results = load(output)
+            if not given.verdict:
+                report(results, output)
+            if "services" in results:
+                print("\n".join(bench_report.verdict_lines(bench_report.Results(results["services"]))))
     except (bench_tools.ToolError, SettingsError, OSError) as error:
         print(f"{flags.prog}: {error}", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -75,7 +75,7 @@ class Run:
     def lives(self, lives: Lives, backend: Backend, repeat: int = 1) -> list[dict[str, Any]]:
         """Measure every scenario of every setup, `repeat` times in turns; return one row for each.
 
-        A service that does not start, or answers otherwise than ours, is not measured: that is an error.
+        A service that does not start, or (another commit aside) answers otherwise than ours, is an error: not measured.
         """
         rows: dict[tuple[Setup, str], dict[str, Any]] = {}
         with self._service(Setup(OURS, False), backend) as service:
@@ -86,7 +86,10 @@ class Run:
                     continue
                 try:
                     with self._service(setup, backend) as service:
-                        if wrong := bench_check.differences(service.ports[0], backend, reference):
+                        wrong = bench_check.differences(service.ports[0], backend, reference)
+                        if wrong and setup.other_commit:
+                            self.say(f"{setup}: it answers otherwise, which may cost or save time: {wrong[0]}")
+                        elif wrong:
                             self._rejected.add(setup.service)
                             why = f"it answers otherwise than {bench_plan.TITLES[OURS]}, so it is not measured"
                             raise RunError(f"{why}: {wrong[0]}")
@@ -217,6 +220,22 @@ def growth(run: Run) -> dict[str, Any]:
         with bench_backend.emulated(count, pictures=False) as backend:
             documents += run.lives(bench_plan.documents_plan(services), backend)
     return {"connections": connections, "documents": documents}
+
+
+def against(run: Run) -> list[list[dict[str, Any]]]:
+    """Run our service as it is and as another commit has it; return the rows of each round."""
+    plan, rounds = services_lives(run.choices), []
+    with bench_backend.emulated() as backend:
+        for number in range(run.choices.repeat):
+            order = (True, False) if number % 2 else (False, True)  # so that drift hits both alike
+            lives = [(replace(setup, other_commit=other), each) for setup, each in plan for other in order]
+            rounds.append(run.lives(lives, backend))
+    for row in (row for rows in rounds for row in rows):
+        failures, rate = (row["rounds"][0][name] for name in ("failures", "requests_per_second"))
+        if failures or not rate:
+            whose = "the other commit" if row["other_commit"] else "the present state"
+            run.errors.append(f"{row['scenario']}, {whose}: {failures:.0f} failures at {rate:,.0f} requests/s")
+    return rounds
 
 
 def count_all(parts: Iterable[str], choices: Choices) -> tuple[int, float]:

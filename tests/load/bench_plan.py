@@ -33,6 +33,7 @@ class Setup:
         other_affinity: our service wherever the kernel puts its threads, another kept to one processor as ours keeps
             itself.
         tls: whether it speaks HTTPS, with a certificate of the same kind for all.
+        other_commit: our service as another commit has it.
     """
 
     service: str
@@ -42,6 +43,7 @@ class Setup:
     batch_size: int | None = None
     other_affinity: bool = False
     tls: bool = False
+    other_commit: bool = False
 
     def __str__(self) -> str:
         """Name it for the progress' lines."""
@@ -49,6 +51,7 @@ class Setup:
         parts += [f"{self.processes} processes"] if self.processes > 1 else []
         parts += [f"{self.document_workers} workers × {self.batch_size}"] if self.document_workers else []
         parts += ["TLS"] if self.tls else []
+        parts += ["the other commit"] if self.other_commit else []
         parts += ["affinity the other way round"] if self.other_affinity else []
         return ", ".join(parts)
 
@@ -106,6 +109,8 @@ TLS = [replace(by_id(connections), name=f"tls-by-id-{connections}") for connecti
 TLS += [Scenario("tls-new-connection", 32, new_connections=True)]
 """What encrypting costs, and with a connection a request what a handshake does: wrk resumes no session."""
 QUICK = ("by-id-1", "by-id-32", "by-id-1000", "missing", "picture", "two-processes-32", "other-log-32", "sdk")
+AGAINST = ("by-id", "missing", "nickname", "picture")
+"""What commits are compared by, unless ``--only`` says otherwise."""
 NAMES = sorted(
     {
         name

@@ -36,7 +36,7 @@ def command_for(setup: Setup, tools: Tools, port: int, tls: dict[str, str]) -> l
     """Return the command line that starts a service; `tls` are our settings for a certificate, if it is to have one."""
     if setup.service == OURS:
         if setup.document_workers is None:
-            return [sys.executable, "micro_svc_demo.py"]
+            return [sys.executable, str(tools.other_commit if setup.other_commit else ROOT / "micro_svc_demo.py")]
         return [sys.executable, "-m", "tests.load.bench_runner", str(setup.document_workers), str(setup.batch_size)]
     if setup.service == EXPRESS:
         return [tools.node, str(tools.express / "service.js")]

@@ -179,6 +179,30 @@ def verdict_lines(results: Results) -> list[str]:
     ]
 
 
+def against_lines(rounds: list[list[dict[str, Any]]]) -> list[str]:
+    """Return a table of our figures divided by the other commit's: the median of the rounds' ratios, and the range.
+
+    Only figures of the same round are compared; a scenario that either lacks in a round is left out of that round.
+    """
+    pairs: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {}
+    for rows in rounds:
+        figures = {(row["scenario"], row["other_commit"]): row["rounds"][0] for row in rows}
+        for scenario in (scenario for scenario, other in figures if not other and (scenario, True) in figures):
+            pairs.setdefault(scenario, []).append((figures[scenario, False], figures[scenario, True]))
+
+    def cell(scenario: str, name: str) -> str:
+        ratios = [ours[name] / other[name] for ours, other in pairs[scenario] if ours[name] and other[name]]
+        return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else "–"
+
+    columns = {"requests/s": "requests_per_second", "CPU a request": "cpu_us", "p50": "p50_ms", "p99": "p99_ms"}
+    table = [["", *columns], *([each, *(cell(each, name) for name in columns.values())] for each in pairs)]
+    lines = ["".join(f"{text:20}" for text in row).rstrip() for row in table]
+    for last in list(pairs)[-1:]:
+        held = statistics.median(ours["resident_mb"] for ours, _ in pairs[last])
+        lines.append(f"resident memory after {last}: {cell(last, 'resident_mb')}, {held:.1f} MB as it is")
+    return lines
+
+
 def processor_note(results: Results) -> str:
     """Return what it does for each service to be kept to one processor, or not to be."""
 

@@ -37,6 +37,7 @@ class Tools:
     node: str = ""
     fastapi: Path = Path()
     express: Path = Path()
+    other_commit: Path = Path()  # the service as it has it
 
 
 def find(services: Iterable[str], folder: Path, say: Callable[[str], None]) -> Tools:
