@@ -1444,7 +1444,6 @@ class Pool:
 
     def __init__(self, most: int, log: Log, *, permanent: bool = True) -> None:
         self.free, self._log, self._permanent = most, log, permanent  # free: for so many jobs, now
-        self._done = deque[tuple[Jobs, "Batch | Query", Any]]()  # with what came of each job
         self._idle: dict[Jobs, asyncio.TimerHandle | None] = {}  # each idle thread's end, the last to go idle last
 
     def run(self, job: Batch | Query) -> None:
@@ -1456,41 +1455,29 @@ class Pool:
         else:
             jobs = queue.SimpleQueue()
             try:  # not a `threading.Thread`: to start one waits until it runs, and the event loop has no time for that
-                _thread.start_new_thread(self._work, (jobs, self._pipe[1]))
-            except (RuntimeError, OSError) as error:
+                _thread.start_new_thread(self._work, (jobs, asyncio.get_running_loop()))
+            except RuntimeError as error:
                 self._log.seldom("error", "no thread can be started", error=describe(error))
                 return job.finish(unavailable("overloaded: no thread can be started", rejected="overloaded"))
         self.free -= 1
         return jobs.put(job)
 
-    @functools.cached_property
-    def _pipe(self) -> tuple[int, int]:
-        """A byte in it for each job that has ended: that takes half of what `call_soon_threadsafe` does."""
-        receiver, sender = os.pipe()
-        asyncio.get_running_loop().add_reader(receiver, self._take_back)
-        return receiver, sender
+    def _work(self, jobs: Jobs, loop: asyncio.AbstractEventLoop) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            while job := jobs.get():
+                try:
+                    outcome: Any = job.call()
+                except Exception as error:
+                    outcome = error
+                loop.call_soon_threadsafe(self._take_back, jobs, job, outcome)
 
-    def _work(self, jobs: Jobs, sender: int) -> None:
-        while job := jobs.get():
-            try:
-                outcome: Any = job.call()
-            except Exception as error:
-                outcome = error
-            self._done.append((jobs, job, outcome))
-            os.write(sender, b"\0")
-
-    def _take_back(self) -> None:
-        ended = len(self._done)
-        for _ in range(ended):
-            jobs, job, outcome = self._done.popleft()
-            if job.given_up:  # another thread has taken this one's place
-                jobs.put(None)
-                continue
-            self.free += 1
-            later = asyncio.get_running_loop().call_later
-            self._idle[jobs] = None if self._permanent else later(self.idle_seconds, self._end, jobs)
-            job.finish(outcome)
-        os.read(self._pipe[0], ended or 1)  # no more bytes than jobs: some may have ended meanwhile
+    def _take_back(self, jobs: Jobs, job: Batch | Query, outcome: Any) -> None:
+        if job.given_up:  # another thread has taken this one's place
+            return jobs.put(None)
+        self.free += 1
+        later = asyncio.get_running_loop().call_later
+        self._idle[jobs] = None if self._permanent else later(self.idle_seconds, self._end, jobs)
+        return job.finish(outcome)
 
     def _end(self, jobs: Jobs) -> None:
         del self._idle[jobs]
