@@ -78,7 +78,7 @@ def test_the_breaker_of_key_value(database: EmulatorProcess, service: ServicePro
     database.fault("latency", service="kv", ms=600_000)
 
     def opened() -> bool:
-        """Whether they have; who has waited for the time-out before Couchbase was asked gets 503, and is none of them."""
+        """Whether they have; 503 is for who has waited for the time-out before Couchbase was asked: none of them."""
         answers = by_status(ask_at_once(service.port, IDS[:5], TOKEN))
         assert answers.keys() <= {503, 504}
         return states_since(service, mark, "key-value")[:1] == ["open"]
