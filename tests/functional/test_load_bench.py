@@ -31,7 +31,7 @@ from tests.service import ROOT, ServiceProcess, administrator_settings, free_por
 
 SCENARIOS = (
     "by-id-32,wrong-token,nickname,picture,new-connection,latency-1ms-32,two-processes-32,other-log,other-affinity"
-    ",tls-by-id-32,tls-new-connection"
+    ",tls-by-id-32"
 )
 LOAD = ROOT / "tests" / "load"
 JMETER_HOME = Path("/usr/share/jmeter")
