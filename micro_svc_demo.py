@@ -595,10 +595,10 @@ class ProfileStore:
     def problem(self, error: Exception, operation: str) -> ProblemError:
         """Say what a failure of the SDK means to the caller, and tell the operator what to do about it."""
         failure = failure_of(error)
-        if failure.status != 404:  # noqa: PLR2004
+        if failure.status != HTTPStatus.NOT_FOUND:
             level, advice = ("error", {"advice": failure.advice}) if failure.advice else ("warning", {})
             self._log.event(level, "couchbase failure", operation=operation, error=describe(error), **advice)
-        again = failure.status == 503  # noqa: PLR2004
+        again = failure.status == HTTPStatus.SERVICE_UNAVAILABLE
         return unavailable(failure.detail) if again else ProblemError(failure.status, failure.detail)
 
 
