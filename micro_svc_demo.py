@@ -628,7 +628,7 @@ class ProfileServer(ThreadingHTTPServer):
         self._stopping = asyncio.Event()
         self.tls: ssl.SSLContext | None = None  # for new clients; None: plain
         self.certificate: dict[str, Any] = {"tls": False}  # for the log
-        self.certificate_expires, self._certificate_files = 0.0, list[bytes]()  # what they held; in s of the epoch
+        self.certificate_expires, self._certificate_files = 0.0, list[Any]()  # in s of the epoch; as they were read
         self.renew_certificate()
         family = socket.AF_INET6 if (both := socket.has_dualstack_ipv6()) else socket.AF_INET
         listen = functools.partial(socket.create_server, family=family, dualstack_ipv6=both)
@@ -690,15 +690,16 @@ class ProfileServer(ThreadingHTTPServer):
         for connection in self.connections:
             connection.abort()
 
-    def _admit(self) -> Connection | Tls:
+    def _admit(self) -> Connection:
         """Return the protocol of a new client of the API."""
-        return Tls(Connection(self), self.tls) if self.tls else Connection(self)
+        return TlsConnection(self) if self.tls else Connection(self)
 
     def renew_certificate(self) -> None:
-        """Take what the files of the certificate hold for new clients, if that is new; SettingsError: it is no use."""
+        """Take a certificate that is new for new clients; SettingsError: its files are no use."""
         paths = filter(None, (self.settings.tls_cert, self.settings.tls_key, self.settings.tls_client_ca))
-        # the content, as kubelet swaps a link to their folder; what is no use is told once
-        before, self._certificate_files = self._certificate_files, [_content(path) for path in paths]
+        before, self._certificate_files = self._certificate_files, [None]  # one is gone, which is told once
+        with contextlib.suppress(OSError):  # by the file and its time, as kubelet swaps a link to their folder
+            self._certificate_files = [(file.st_ino, file.st_mtime_ns) for file in map(os.stat, paths)]
         if self._certificate_files != before:
             self.tls, self.certificate_expires = server_context(self.settings)
             until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.certificate_expires))
@@ -707,8 +708,9 @@ class ProfileServer(ThreadingHTTPServer):
                 self.log.event("info", "certificate renewed", **self.certificate)
 
     def service_actions(self) -> None:
-        """Keep the connections' deadlines."""
+        """Keep the connections' deadlines, and no more threads than are needed."""
         now = time.monotonic()
+        self.store.loader.singles.shrink()
         for connection in self.store.loader.writing:
             if (unsent := connection.transport.get_write_buffer_size()) < connection.unsent:
                 connection.unsent, connection.deadline = unsent, now + connection.write_seconds
@@ -948,24 +950,12 @@ class Framer:
         return not b"\r\n".startswith(self.inbox)
 
     def take_whole(self, data: bytes) -> Head | None:
-        """Return the head if the data is one whole request without a body and nothing else: the common case."""
-        if self.inbox or self.refused or not data.endswith(_END_OF_HEAD) or len(data) > MAX_TARGET_BYTES:
-            return None
-        # most clients send the same after each target: parsed once
-        if self._rest and data.startswith(b"GET /") and data.endswith(self._rest):
+        """Return the head if the data is one request like the last, but for its target: the common case."""
+        if self._rest and data.endswith(self._rest) and data.startswith(b"GET /") and not self.inbox:
             target = data[4 : -len(self._rest)]
-            if not target.translate(None, _TARGET):
+            if not target.translate(None, _TARGET) and len(target) <= MAX_TARGET_BYTES and not self.refused:
                 return tuple.__new__(Head, ("GET", target.decode("ascii"), "HTTP/1.1", self._parsed))
-        line, _, fields = data.partition(b"\r\n")
-        try:
-            head = parse_head(data)
-        except ProblemError:  # which is for `feed` to tell
-            return None
-        if "content-length" in head.fields or "transfer-encoding" in head.fields:
-            return None
-        if len(fields) <= _MOST_REMEMBERED_BYTES and line.startswith(b"GET /") and line.endswith(b" HTTP/1.1"):
-            self._rest, self._parsed = b" HTTP/1.1\r\n" + fields, head.fields
-        return head
+        return None
 
     def feed(self, data: bytes, room: int = 1 << 30) -> list[Head | ProblemError]:
         """Take what was received; return up to `room` whole heads, then what is wrong; however cut, always the same."""
@@ -989,9 +979,12 @@ class Framer:
                         raise ProblemError(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
                     self._scanned = end
                     break
-                head = parse_head(bytes(self.inbox[:end]))
+                head = parse_head(raw := bytes(self.inbox[:end]))
+                line, _, rest = raw.partition(b"\r\n")
                 if announces_body(head):
                     self.refuse()
+                elif len(rest) < _MOST_REMEMBERED_BYTES and line.startswith(b"GET /") and line.endswith(b" HTTP/1.1"):
+                    self._rest, self._parsed = b" HTTP/1.1\r\n" + rest, head.fields  # most clients send the same again
                 del self.inbox[:end]
                 self._scanned = 0
                 found.append(head)
@@ -1036,13 +1029,15 @@ class EndOfTurn(selectors.DefaultSelector):
         """Return the next events."""
         server, loader = self._server, self._server.store.loader
         before = len(server.answered)
-        if loader.waiting or loader.waiting_singles or loader.waiting_slow or loader.waiting_queries:
-            if server.clients > 1:  # the larger a batch, the cheaper a key: whoever has come meanwhile is read first
-                self._until = self._until or time.monotonic() + self.gather_seconds
-                if time.monotonic() < self._until and (events := super().select(0)):
-                    return events
-                self._until = 0.0
+        if server.clients > 1 and (loader.waiting or loader.waiting_queries):
+            # the larger a batch, the cheaper a key: whoever has come meanwhile is read first
+            self._until = self._until or time.monotonic() + self.gather_seconds
+            if time.monotonic() < self._until and (events := super().select(0)):
+                return events
+            self._until = 0.0
+        if loader.waiting or loader.waiting_queries or loader.running:
             loader.dispatch()
+            timeout = min(loader.look_seconds, loader.look_seconds if timeout is None else timeout)
         if len(server.answered) > before:  # who has been refused may have more requests
             timeout = 0
         if server.answered:
@@ -1068,7 +1063,8 @@ class Connection(asyncio.Protocol):
     head_seconds, write_seconds, linger_seconds = 10.0, 30.0, 2.0
     receive_bytes = 16_384  # at a time
     buffered_bytes = 32_768  # behind the request that is being answered; then reading pauses
-    transport: Any  # asyncio's, or `Tls`
+    transport: Any  # asyncio's
+    encrypted: Callable[[bytes], bytes] | None = None  # what is sent, in TLS
 
     def __init__(self, server: ProfileServer, *, internal: bool = False) -> None:  # internal: by the metrics port
         self.server, self.internal, self.framer = server, internal, Framer()
@@ -1180,7 +1176,7 @@ class Connection(asyncio.Protocol):
         if self.state == self.CLOSED:
             self._written(len(handler.response))
             return
-        self.transport.write(handler.response)
+        self.transport.write(self.encrypted(handler.response) if self.encrypted else handler.response)
         if self.state == self.WRITING:
             return
         if self.last or self.framer.inbox or self.ended:
@@ -1215,112 +1211,86 @@ _ODD = re.compile(r"[^A-Za-z0-9 ._@:/*-]")  # in a client's name
 _PLAIN_HTTP = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n\r\nspeak HTTPS here\n"
 
 
-class Tls(asyncio.Protocol):
-    """TLS on memory (`ssl.MemoryBIO`): for asyncio's transport the protocol, for a `Connection` the transport."""
+class TlsConnection(Connection):
+    """A client that speaks TLS, which is done in memory (`ssl.MemoryBIO`)."""
 
-    def __init__(self, connection: Connection, context: ssl.SSLContext) -> None:
-        self._connection, self._below = connection, cast("Any", None)
+    def __init__(self, server: ProfileServer) -> None:
+        super().__init__(server)
+        self.deadline = time.monotonic() + self.head_seconds  # of the handshake
         self._open = self._ended = False  # after the handshake; our own end is sent
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        for name in ("pause_writing", "resume_writing"):  # these hooks are the same
-            setattr(self, name, getattr(connection, name))
-
-    def __getattr__(self, name: str) -> Any:  # and what else there is of the transport
-        return getattr(self._below, name)
-
-    def connection_made(self, transport: Any) -> None:
-        """Let the client in; its handshake has the time of a request head."""
-        self._below, connection = transport, self._connection
-        transport.max_size = connection.receive_bytes
-        connection.connection_made(cast("asyncio.BaseTransport", self))
-        if connection.state == connection.READING:
-            connection.deadline = time.monotonic() + connection.head_seconds
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the client."""
-        self._connection.connection_lost(exc)
-        self._connection.transport = self._below  # no cycle is left, which would wait for the garbage collector
+        self.tls = cast("Any", server.tls).wrap_bio(self._incoming, self._outgoing, server_side=True)
 
     def data_received(self, data: bytes) -> None:
         """Shake hands, then decrypt and pass on."""
-        connection, parts = self._connection, [b""]
+        parts = [b""]
         if self._ended:  # what it says is of no interest any more, only that it does
-            return connection.data_received(data)
+            return super().data_received(data)
         self._incoming.write(data)
         try:
             if not self._open:
-                self._tls.do_handshake()
-                self._opened()
-            while self._incoming.pending or self._tls.pending():
-                parts.append(self._tls.read(connection.receive_bytes))
+                self.tls.do_handshake()
+                self._open = True
+                self.deadline += self.server.idle_seconds - self.head_seconds
+                if certificate := self.tls.getpeercert():
+                    names = dict(pair for part in certificate["subject"] for pair in part)
+                    self.client_cert = f', "client_cert": "{_ODD.sub("?", names.get("commonName", "-")[:64])}"'
+            while self._incoming.pending or self.tls.pending():
+                parts.append(self.tls.read(self.receive_bytes))
                 if not parts[-1]:  # the client's end
                     break
         except ssl.SSLWantReadError:  # a record, or the handshake, is not whole
             pass
         except ssl.SSLError as error:
-            connection.server.metrics.numbers["http_rejected_total", "tls"] += 1
-            connection.server.log.event("debug", "TLS failed", error=describe(error), client=connection.address)
-            self._below.write(_PLAIN_HTTP if error.reason == "HTTP_REQUEST" else self._outgoing.read())  # an alert
-            return cast("None", self._below.close())
+            self.server.metrics.numbers["http_rejected_total", "tls"] += 1
+            self.server.log.event("debug", "TLS failed", error=describe(error), client=self.address)
+            self.transport.write(_PLAIN_HTTP if error.reason == "HTTP_REQUEST" else self._outgoing.read())  # an alert
+            return cast("None", self.transport.close())
         if self._outgoing.pending:  # of the handshake
-            self._below.write(self._outgoing.read())
+            self.transport.write(self._outgoing.read())
         if plain := b"".join(parts):
-            connection.data_received(plain)
-        if len(parts) > 1 and not parts[-1]:
-            self.eof_received()
+            super().data_received(plain)
+        if len(parts) > 1 and not parts[-1] and not self.eof_received():
+            self.transport.close()
         return None
 
-    def eof_received(self) -> bool:
-        """Pass on the client's end, in TLS' words or in TCP's alone."""
-        if self._connection.eof_received():
-            return True
-        self.close()
-        return False
-
-    def _opened(self) -> None:
-        connection, self._open = self._connection, True
-        if connection.state == connection.READING:
-            connection.deadline = time.monotonic() + connection.server.idle_seconds
-        if certificate := cast("dict[str, Any] | None", self._tls.getpeercert()):
-            names = dict(pair for part in certificate["subject"] for pair in part)
-            connection.client_cert = f', "client_cert": "{_ODD.sub("?", names.get("commonName", "-")[:64])}"'
-
-    def write(self, data: bytes) -> None:
-        """Send an answer, or where that is not possible close."""
+    def encrypted(self, data: bytes) -> bytes:
+        """Return an answer as it is sent; where that is not possible, close."""
         rest, parts = memoryview(data), []
         try:
             while rest:
-                rest = rest[self._tls.write(rest) :]  # a record: more than one would stay allocated
+                rest = rest[self.tls.write(rest) :]  # a record: more than one would stay allocated
                 parts.append(self._outgoing.read())
         except ssl.SSLError:  # to one client too many, before its handshake; or it has failed meanwhile
-            self._connection.pause_writing()
-            self._connection.unsent = len(rest)
-            return cast("None", self._below.abort())
-        return cast("None", self._below.write(b"".join(parts)))
+            self.pause_writing()
+            self.unsent = len(rest)
+            self.transport.abort()
+        return b"".join(parts)
 
-    def write_eof(self) -> None:
-        """Say that nothing more comes."""
-        self._end()
-        self._below.write_eof()
+    def eof_received(self) -> bool:
+        """Take note of the client's end, in TLS' words or in TCP's alone."""
+        going_on = super().eof_received()
+        return going_on or self._end()
 
-    def close(self) -> None:
-        """Close after what waits has been sent."""
-        self._end()
-        self._below.close()
+    def resume_writing(self) -> None:
+        """Go on after an answer, or end."""
+        if self.last or (self.ended and not self.framer.partial):
+            self._end()
+        super().resume_writing()
 
     def abort(self) -> None:
         """Close at once."""
         self._end()
-        self._below.abort()
+        super().abort()
 
-    def _end(self) -> None:
+    def _end(self) -> bool:
         """Say in TLS' own words, before TCP's, that nothing more comes."""
         if not self._ended:
             self._ended = True
             with contextlib.suppress(ssl.SSLError):  # the client's own word is not there yet
-                self._tls.unwrap()
-            self._below.write(self._outgoing.read())
+                self.tls.unwrap()
+            self.transport.write(self._outgoing.read())
+        return False
 
 
 def server_context(settings: Settings) -> tuple[ssl.SSLContext, float]:
@@ -1346,15 +1316,6 @@ def server_context(settings: Settings) -> tuple[ssl.SSLContext, float]:
     except OSError as error:
         allowed = "PEM files with a certificate that is valid now and its key, without a passphrase"
         raise SettingsError(f"{what}: {error}; allowed: {allowed}") from error
-
-
-def _content(path: str) -> bytes:
-    """Return what is in a file, or why that cannot be told."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        return str(error).encode()
 
 
 # ── Parts of requests and answers ─────────────────────────────────────────────────────────────────────────────────────
@@ -1438,20 +1399,16 @@ Jobs: TypeAlias = "queue.SimpleQueue[Batch | Query | None]"  # the way to a thre
 
 
 class Pool:
-    """Threads that do one job each, as many as are needed up to a bound; what it holds is the event loop's."""
+    """Threads that do one job each, started as they are needed, up to a bound; what it holds is the event loop's."""
 
-    idle_seconds = 10.0  # after which a thread that nobody needs ends, unless it is permanent
-
-    def __init__(self, most: int, log: Log, *, permanent: bool = True) -> None:
-        self.free, self._log, self._permanent = most, log, permanent  # free: for so many jobs, now
-        self._idle: dict[Jobs, asyncio.TimerHandle | None] = {}  # each idle thread's end, the last to go idle last
+    def __init__(self, most: int, log: Log) -> None:
+        self.free, self._log = most, log  # free: for so many jobs, now
+        self._idle: list[Jobs] = []  # threads, the last to go idle last
 
     def run(self, job: Batch | Query) -> None:
         """Have a job done; it is refused if the system starts no thread for it."""
         if self._idle:
-            jobs, end = self._idle.popitem()  # the last one, as its caches are warm
-            if end:
-                end.cancel()
+            jobs = self._idle.pop()  # the last one, as its caches are warm
         else:
             jobs = queue.SimpleQueue()
             try:  # not a `threading.Thread`: to start one waits until it runs, and the event loop has no time for that
@@ -1475,13 +1432,14 @@ class Pool:
         if job.given_up:  # another thread has taken this one's place
             return jobs.put(None)
         self.free += 1
-        later = asyncio.get_running_loop().call_later
-        self._idle[jobs] = None if self._permanent else later(self.idle_seconds, self._end, jobs)
+        self._idle.append(jobs)
         return job.finish(outcome)
 
-    def _end(self, jobs: Jobs) -> None:
-        del self._idle[jobs]
-        jobs.put(None)
+    def shrink(self) -> None:
+        """End every other idle thread."""
+        for jobs in self._idle[::2]:
+            self._idle.remove(jobs)
+            jobs.put(None)
 
 
 class Awaited:
@@ -1496,8 +1454,6 @@ class Awaited:
 
 class Get(Awaited):
     """A document."""
-
-    bytes = 0  # of its answer, as far as that counts for the loader's bound
 
     def __init__(self, loader: Loader, collection: str, key: str, replica: bool) -> None:
         self.loader, self.collection, self.key, self.replica = loader, collection, key, replica
@@ -1542,8 +1498,8 @@ class Batch:
 
     given_up = False
 
-    def __init__(self, waiting: dict[str, list[Get]], now: float) -> None:
-        self.waiting, self._started, keys = waiting, now, list(waiting)
+    def __init__(self, waiting: dict[str, list[Get]], now: float, size: int = 0) -> None:  # of its answers, if large
+        self.waiting, self._started, self._bytes, keys = waiting, now, size, list(waiting)
         self._first = first = waiting[keys[0]][0]  # all are of its collection, and none has waited for longer
         database, waited = first.loader.store.database, now - first.handler.started
         seconds = max(0.01, database.timeout_seconds - waited) if waited > Loader.slack_seconds else 0.0
@@ -1561,8 +1517,7 @@ class Batch:
                 loader.sizes[operation.target] += (size - loader.sizes[operation.target]) // 4
         elif isinstance(outcome, ProblemError):  # nothing has been asked for
             (store.health.replica_breaker if self._first.replica else store.health.breaker).release()
-        if loader.fetching_bytes:
-            loader.fetching_bytes -= sum(get.bytes for gets in self.waiting.values() for get in gets)
+        loader.fetching_bytes -= self._bytes
         for key, gets in self.waiting.items():
             for get in gets:
                 handler = get.handler
@@ -1582,18 +1537,17 @@ class Loader:
     stall_seconds = 0.25  # with all threads busy and none back, something may be wrong
     slack_seconds = 0.02  # a request that has waited for longer has so much less time for Couchbase
     most_queries, query_wait_seconds = 1024, 0.25  # that wait for a thread, and for how long
-    look_seconds, grace_seconds = 0.025, 0.03  # after its time-out a query that the SDK still holds is given up
+    look_seconds, grace_seconds = 0.025, 0.03  # between two looks; a query that the SDK holds for longer is given up
 
     def __init__(self, store: ProfileStore, query_threads: int, log: Log) -> None:
-        self.store, self._log, self._watching = store, log, False
+        self.store, self._log = store, log
         self._dispatched_at = self.adhoc_until = 0.0  # monotonic seconds; until the latter, statements go unprepared
         self.waiting: dict[str, dict[str, list[Get]]] = {}  # by collection and key, in the order of asking
         self.sizes = {USERS: 0, IMAGES: 6 << 20}  # of a collection's documents lately: a mean; at first a guess
         self.fetching_bytes, self.writing = 0, set[Connection]()  # of large documents; who has an answer half sent
-        self.waiting_singles, self.waiting_slow = deque[Get](), deque[Get]()  # degraded; slow: half of the threads
         self.waiting_queries, self.running = deque[Query](), set[Query]()
         self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)  # apart: a bulkhead
-        self._singles = Pool(self.single_threads, log, permanent=False)  # while degraded, for one document each
+        self.singles = Pool(self.single_threads, log)  # while degraded, for one document each
 
     def load(self, awaited: Awaited) -> None:
         """Have a document or rows fetched, unless too many queries wait."""
@@ -1604,16 +1558,13 @@ class Loader:
         elif isinstance(awaited, Get):
             waiting = self.waiting.setdefault(awaited.collection, {})
             waiting.setdefault(awaited.key, []).append(awaited)
-            if len(waiting) >= self.batch_size and self._batches.free:
+            if len(waiting) == self.batch_size:
                 self.dispatch()
-        return None if self._watching else self._watch()
+        return None
 
-    def _watch(self) -> None:
-        """While there is anything, look at it now and then: what it waits for may not come."""
-        now, waiting = time.monotonic(), self.waiting_queries
-        self._watching = bool(self.waiting or waiting or self.running)
-        if self._watching:
-            asyncio.get_running_loop().call_later(self.look_seconds, self._watch)
+    def _give_up(self, now: float) -> None:
+        """Refuse or answer those for whom what they wait for may not come."""
+        waiting = self.waiting_queries
         while waiting and now - waiting[0].handler.started > self.query_wait_seconds:
             waiting.popleft().finish(unavailable("overloaded: no query thread is free", rejected="overloaded"))
         latest = now - self.store.database.query_timeout_seconds - self.grace_seconds
@@ -1625,62 +1576,58 @@ class Loader:
             self._log.event("error", "a query is overdue; its worker is given up", route=query.handler.route)
             self.store.health.query_breaker.failed(query.started, now)
             query.finish(ProblemError(504, _TOO_SLOW))
-        if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
-            self.store.health.degrade(1.0)
 
-    def _take(self, collection: str, most: int = 1 << 30) -> dict[str, list[Get]]:
-        """Take out who waits for a collection's documents, by key: so many keys at most, and so many bytes."""
-        taken, size = self.waiting.pop(collection), self.sizes[collection]
-        rest: dict[str, list[Get]] = {}
-        if size * self.batch_size * self.threads > self.most_bytes:
-            now, everyone, taken = time.monotonic(), [get for gets in taken.values() for get in gets], {}
-            sending = [each for each in self.writing if each.deadline - each.write_seconds > now - self.sending_seconds]
-            held = self.fetching_bytes + sum(each.transport.get_write_buffer_size() for each in sending)
-            room = min(most, max((self.most_bytes - held) // size, not held))
-            for number, get in enumerate(everyone):
-                get.bytes = size * (number < room)
-                self.fetching_bytes += get.bytes
-                (taken if get.bytes else rest).setdefault(get.key, []).append(get)
-        elif len(taken) > most:
-            rest = {key: taken.pop(key) for key in list(taken)[most:]}
-        if rest:
-            self.waiting[collection] = rest
-        return taken
-
-    def _refuse(self, late: dict[str, list[Get]], now: float) -> None:
-        """Refuse those who asked so long ago that no caller would wait for it."""
-        Batch(late, now).finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
+    def _fetch(self, pool: Pool, collection: str, keys: Collection[str], now: float) -> bool:
+        """Have a collection's documents fetched, of large ones what the bound allows; tell whether any is."""
+        waiting, size, taken = self.waiting[collection], self.sizes[collection], dict[str, list[Get]]()
+        if size * self.batch_size * self.threads <= self.most_bytes:
+            every = len(keys) == len(waiting)
+            pool.run(Batch(self.waiting.pop(collection) if every else {key: waiting.pop(key) for key in keys}, now))
+            return True
+        sending = [each for each in self.writing if each.deadline - each.write_seconds > now - self.sending_seconds]
+        held = self.fetching_bytes + sum(each.transport.get_write_buffer_size() for each in sending)
+        room = answers = max((self.most_bytes - held) // size, not held)
+        for key in [*keys] if room > 0 else ():
+            taken[key], waiting[key] = waiting[key][:room], waiting[key][room:]
+            room -= len(taken[key])
+            if not waiting[key]:
+                del waiting[key]
+            if not room:
+                break
+        if not waiting:
+            del self.waiting[collection]
+        if taken:
+            self.fetching_bytes += size * (answers - room)
+            pool.run(Batch(taken, now, size * (answers - room)))
+        return bool(taken)
 
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free (else batches grow); collections take turns."""
-        now, degraded, slow = time.monotonic(), self.store.health.degraded, self.store.health.slow
+        now = time.monotonic()
+        self._give_up(now)
         latest = now - self.store.database.timeout_seconds
         for name, keys in [*self.waiting.items()]:
             if next(iter(keys.values()))[0].handler.started < latest:
-                late = [key for key, gets in keys.items() if gets[0].handler.started < latest]
-                self._refuse({key: keys.pop(key) for key in late}, now)
-                if not keys:
+                late = {key: gets for key, gets in keys.items() if gets[0].handler.started < latest}
+                self.waiting[name] = {key: gets for key, gets in keys.items() if key not in late}
+                if not self.waiting[name]:
                     del self.waiting[name]
-        if self.waiting and degraded and slow is not None:
-            for get in [get for name in list(self.waiting) for gets in self._take(name).values() for get in gets]:
-                apart = vbucket(get.key) in slow and not get.replica
-                (self.waiting_slow if apart else self.waiting_singles).append(get)
-        bounded = 0  # collections in a row
-        while len(self.waiting) > bounded and not degraded and self._batches.free:
-            name, keys = next(iter(self.waiting.items()))
-            few = len(keys) <= self.batch_size and self.sizes[name] * self.batch_size * self.threads <= self.most_bytes
-            taken = self.waiting.pop(name) if few else self._take(name, self.batch_size)
-            bounded = 0 if taken else bounded + 1
-            self._dispatched_at = now
-            if taken:
-                self._batches.run(Batch(taken, now))
-        for singles, reserved in ((self.waiting_slow, self.single_threads // 2), (self.waiting_singles, 0)):
-            while singles and self._singles.free > reserved:
-                get = singles.popleft()
-                if get.handler.started < latest:
-                    self._refuse({get.key: [get]}, now)
-                else:
-                    self._singles.run(Batch({get.key: [get]}, now))
+                Batch(late, now).finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
+        if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
+            self.store.health.degrade(1.0)
+        degraded, slow = self.store.health.degraded, self.store.health.slow
+        collections = deque(() if degraded else self.waiting)
+        while collections and self._batches.free:
+            keys, self._dispatched_at = self.waiting[name := collections.popleft()], now
+            few = keys if len(keys) <= self.batch_size else [*itertools.islice(keys, self.batch_size)]
+            if self._fetch(self._batches, name, few, now) and name in self.waiting:
+                collections.append(name)
+                self.waiting[name] = self.waiting.pop(name)  # it comes behind the others
+        if degraded and slow is not None:
+            for name, key in [(name, key) for name, keys in self.waiting.items() for key in keys]:
+                apart = vbucket(key) in slow and not self.waiting[name][key][0].replica
+                if self.singles.free > self.single_threads // 2 * apart:  # what is slow takes half of them at most
+                    self._fetch(self.singles, name, [key], now)
         while self.waiting_queries and self._queries.free:
             query = self.waiting_queries.popleft()
             query.started, query.handler.queue_seconds = now, now - query.handler.started
@@ -1767,7 +1714,7 @@ class Database:
 
     def probe(self, vbuckets: Collection[int], seconds: float) -> set[int]:
         """Ask for a document that does not exist in each vBucket, as requests ask; return those that were answered."""
-        keys, timeout = {probe_keys()[number]: number for number in vbuckets}, timedelta(seconds=seconds)
+        keys, timeout = {PROBE_KEYS[number]: number for number in vbuckets}, timedelta(seconds=seconds)
         answer = self._collections[USERS].get_multi(list(keys), timeout=timeout)
         return {keys[key] for key, error in answer.exceptions.items() if not failure_of(error).outage}
 
@@ -1867,11 +1814,7 @@ def vbucket(key: str) -> int:
     return (zlib.crc32(key.encode()) >> 16 & 0x7FFF) % VBUCKETS
 
 
-@functools.cache
-def probe_keys() -> dict[int, str]:
-    """Return a key for each vBucket that no document has."""
-    return {vbucket(key): key for key in (f"probe:{number}" for number in range(VBUCKETS * 16))}
-
+PROBE_KEYS = {vbucket(key): key for key in (f"probe:{number}" for number in range(VBUCKETS * 16))}  # of no document
 
 # A breaker's states, who may call, and what moves it on:
 #   closed      all                  `threshold` failures in a row                           -> open
@@ -1883,8 +1826,7 @@ class Breaker:
     """Stops asking a service that does not answer, and finds out with single probes when it does again."""
 
     CLOSED, HALF_OPEN, OPEN = STATES = ("closed", "half-open", "open")
-    threshold, first_seconds, most_seconds = 5, 1.0, 15.0  # failures in a row; pauses, from the first to the longest
-    check_seconds = 2.0  # after which an open one may be looked at by the background check, in the longest pause too
+    threshold, first_seconds, most_seconds = 5, 1.0, 5.0  # failures in a row; pauses, from the first to the longest
     lost_seconds = 30.0  # a probe that has not come back by then is counted as lost, and another allowed
 
     def __init__(self, changed: Callable[[str], None], jitter: Callable[..., float] = random.uniform) -> None:
@@ -1927,10 +1869,6 @@ class Breaker:
         if self.failures >= self.threshold:
             self._probe_at = now + self._pause_seconds * self._jitter(0.8, 1.0)
             self._turn(self.OPEN, now)
-
-    def may_be_checked(self, now: float) -> bool:
-        """Tell whether the background check may ask though the pause is not over; what it learns changes no pause."""
-        return self.state == self.OPEN and now >= self._since + self.check_seconds
 
     def retry_after_seconds(self, now: float) -> int:
         """Return after how many whole seconds it may be worth asking again, at least 1."""
@@ -1993,9 +1931,9 @@ class Health:
         while self.degraded:
             started, closed = time.monotonic(), self.breaker.state == Breaker.CLOSED
             with contextlib.suppress(Exception):  # then none is known to be slow
-                if self.breaker.may_be_checked(started) or self.breaker.allow(started):
+                if self.breaker.allow(started):
                     asked = {*range(VBUCKETS)} if closed else {random.randrange(VBUCKETS)}  # noqa: S311  # no secret
-                    missing = asked - await self._call(probe, asked, quick)
+                    missing = asked - await self._call(probe, asked, quick if closed else patient)
                     if len(missing) < len(asked):
                         self.answered_at = max(self.answered_at, started)
                         self.breaker.succeeded(started)
@@ -2053,14 +1991,6 @@ class Health:
 
     async def check(self) -> None:
         """Look whether Couchbase is well and the token still the same; if nothing is answered, renew the password."""
-        started = time.monotonic()
-        if self.query_breaker.may_be_checked(started):
-            # not prepared, as a forgotten statement would never come back
-            nobody, seconds = {"value": "", "limit": 1, "offset": 0}, self._database.probe_seconds
-            ask = functools.partial(self._database.run_query, PROFILES_BY_NICKNAME, nobody, seconds, adhoc=True)
-            with contextlib.suppress(Exception):
-                await self._call(ask)
-                self.query_breaker.succeeded(started)  # by now its pauses may be long
         # while nothing is answered, a look at the token would take its whole time-out to say the same
         if not self.degraded or self.answered_at >= self._unanswered_at:
             started = time.monotonic()
@@ -2181,25 +2111,19 @@ class Log:
     def requests(self, handlers: Sequence[ProfileHandler]) -> None:
         """Write a line for each answered request; every value is from a closed set, or its characters were checked."""
         stamp, lines, operation, spent = datetime.now(UTC).isoformat(timespec="milliseconds"), [], None, ""
-        beginnings: dict[tuple[str, str, int], str] = {}
         for handler in handlers:
-            key = (handler.route, handler.command, handler.status)
-            if (beginning := beginnings.get(key)) is None:
-                quiet = handler.route in QUIET_ROUTES
-                if quiet and not self.debug:
-                    continue
-                beginnings[key] = beginning = (
-                    f'{{"time": "{stamp}", "level": "{"debug" if quiet else "info"}", "message": "request", '
-                    f'"method": "{handler.command or "-"}", "route": "{handler.route or "-"}", '
-                    f'"status": {handler.status}, "request_id": "'
-                )
+            quiet = handler.route in QUIET_ROUTES
+            if quiet and not self.debug:
+                continue
             if handler.operation is not operation:  # those of a batch share it
                 operation = handler.operation
                 spent = f', "couchbase_ms": {operation.seconds * 1000:.3f}' if operation else ""
             traced = TRACEPARENT.fullmatch(handler.headers["traceparent"]) if "traceparent" in handler.headers else None
             trace = f', "trace_id": "{traced[1]}"' if traced else ""
             lines.append(
-                f'{beginning}{handler.request_id}", "bytes": {len(handler.response)}, '
+                f'{{"time": "{stamp}", "level": "{"debug" if quiet else "info"}", "message": "request", '
+                f'"method": "{handler.command or "-"}", "route": "{handler.route or "-"}", "status": {handler.status}, '
+                f'"request_id": "{handler.request_id}", "bytes": {len(handler.response)}, '
                 f'"duration_ms": {handler.seconds * 1000:.3f}, "client": "{handler.client}"'
                 f"{handler.connection.client_cert}{spent}{trace}{handler.cut_off}}}\n"
             )

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import micro_svc_demo
 from tests import sample_data
 from tests.chaos.clients import Client, Lag, Record, allowance
 from tests.emulator.process import EmulatorProcess
@@ -357,8 +356,7 @@ class Soak:
         for client in self._idle:
             client.close()
         self._idle.clear()
-        # until the service has noticed, and its threads for trouble have ended
-        await asyncio.sleep(micro_svc_demo.Pool.idle_seconds + 1.5)
+        await asyncio.sleep(8.0)  # until the service has noticed, and ended half of its idle threads, and half of those
         return Usage.of(service.process.pid)
 
     async def _report(self) -> None:

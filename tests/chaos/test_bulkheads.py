@@ -142,7 +142,7 @@ def test_after_a_failure_documents_are_fetched_one_by_one(database: EmulatorProc
 
 
 def test_threads_for_trouble_end_when_it_is_over(database: EmulatorProcess) -> None:
-    """Each keeps memory for itself, so they are as many as are needed, and end when nobody has called them for 10 s."""
+    """Each keeps memory for itself, so they are as many as are needed, and end when they are not."""
     with ServiceProcess(settings_for(database)) as service:
         pid = service.process.pid
         database.fault("latency", service="kv", operation="get", ms=200)

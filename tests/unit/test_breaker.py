@@ -12,11 +12,10 @@ CLOSED, HALF_OPEN, OPEN = service.Breaker.STATES
 THRESHOLD = service.Breaker.threshold
 
 FAIL, SUCCEED, ALLOWED, REFUSED = "fail", "succeed", "allowed", "refused"
-CHECKED, NOT_CHECKED = "may be checked", "may not be checked"
 OLD_FAIL, OLD_SUCCEED = "an earlier call fails", "an earlier call succeeds"  # made before the state changed last
 
 # Each row: a name; then events as (seconds, event, the state after it). ALLOWED and REFUSED are calls of `allow`.
-# The jitter draws its upper bound, so that pauses are exactly 1, 2, 4, 8, 15, 15, … seconds.
+# The jitter draws its upper bound, so that pauses are exactly 1, 2, 4, 5, 5, … seconds.
 FOUR_FAILURES = [(0.0, FAIL, CLOSED)] * (THRESHOLD - 1)
 OPENED = [*FOUR_FAILURES, (0.0, FAIL, OPEN)]
 TRANSITIONS: dict[str, list[tuple[float, str, str]]] = {
@@ -55,7 +54,7 @@ TRANSITIONS: dict[str, list[tuple[float, str, str]]] = {
         (3.49, REFUSED, OPEN),
         (3.5, ALLOWED, HALF_OPEN),
     ],
-    "up to 15 s": [
+    "up to 5 s": [
         *OPENED,
         (1.0, ALLOWED, HALF_OPEN),
         (1.0, FAIL, OPEN),
@@ -63,13 +62,11 @@ TRANSITIONS: dict[str, list[tuple[float, str, str]]] = {
         (3.0, FAIL, OPEN),
         (7.0, ALLOWED, HALF_OPEN),
         (7.0, FAIL, OPEN),
-        (15.0, ALLOWED, HALF_OPEN),
-        (15.0, FAIL, OPEN),
-        (29.9, REFUSED, OPEN),
-        (30.0, ALLOWED, HALF_OPEN),
-        (30.0, FAIL, OPEN),
-        (44.9, REFUSED, OPEN),
-        (45.0, ALLOWED, HALF_OPEN),
+        (11.9, REFUSED, OPEN),
+        (12.0, ALLOWED, HALF_OPEN),
+        (12.0, FAIL, OPEN),
+        (16.9, REFUSED, OPEN),
+        (17.0, ALLOWED, HALF_OPEN),
     ],
     "failures change nothing while open": [
         *OPENED,
@@ -106,20 +103,6 @@ TRANSITIONS: dict[str, list[tuple[float, str, str]]] = {
         (30.9, REFUSED, HALF_OPEN),
         (31.0, ALLOWED, HALF_OPEN),
     ],
-    "in a long pause the background check may look after 2 s, and its success closes": [
-        (0.0, NOT_CHECKED, CLOSED),
-        *OPENED,
-        (1.0, ALLOWED, HALF_OPEN),
-        (1.0, NOT_CHECKED, HALF_OPEN),
-        (1.0, FAIL, OPEN),
-        (3.0, ALLOWED, HALF_OPEN),
-        (3.0, FAIL, OPEN),
-        (4.9, NOT_CHECKED, OPEN),
-        (5.0, CHECKED, OPEN),
-        (5.1, REFUSED, OPEN),
-        (5.2, SUCCEED, CLOSED),
-        (9.9, NOT_CHECKED, CLOSED),
-    ],
 }
 
 
@@ -134,8 +117,6 @@ def run(breaker: service.Breaker, seconds: float, event: str) -> None:
         breaker.failed(seconds if event == FAIL else -1.0, seconds)
     elif event in {SUCCEED, OLD_SUCCEED}:
         breaker.succeeded(seconds if event == SUCCEED else -1.0)
-    elif event in {CHECKED, NOT_CHECKED}:
-        assert breaker.may_be_checked(seconds) == (event == CHECKED)
     else:
         assert breaker.allow(seconds) == (event == ALLOWED)
 
@@ -173,7 +154,7 @@ def test_the_listener_hears_a_state_when_it_is_there() -> None:
 
 def test_jitter_shortens_each_pause_by_a_fifth_at_most() -> None:
     """Nothing is let through before 80 % of the pause, something always after all of it; and the draws do differ."""
-    for pause, failed_probes in ((1.0, 0), (2.0, 1), (4.0, 2), (8.0, 3), (15.0, 4), (15.0, 9)):
+    for pause, failed_probes in ((1.0, 0), (2.0, 1), (4.0, 2), (5.0, 3), (5.0, 9)):
         allowed_at = set()
         for seed in range(50):
             breaker, now = opened(random.Random(seed).uniform), 0.0
@@ -206,7 +187,7 @@ def test_retry_after_is_a_whole_second_at_least(seconds: float) -> None:
 def test_retry_after_follows_the_pause() -> None:
     """It never says more than the longest pause, and while a probe is under way not more than is worth waiting."""
     breaker, now = opened(largest), 0.0
-    for before, pause in itertools.pairwise((1, 2, 4, 8, 15, 15)):
+    for before, pause in itertools.pairwise((1, 2, 4, 5, 5)):
         now += 100.0
         assert breaker.allow(now)
         assert breaker.retry_after_seconds(now) <= before

@@ -33,8 +33,8 @@ class Wire:
     """A client and a `Tls` with nothing but memory in between."""
 
     def __init__(self, server: service.ProfileServer, contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
-        self.connection = service.Connection(server)
-        self.tls = service.Tls(self.connection, contexts[0])
+        server.tls = contexts[0]
+        self.tls = self.connection = service.TlsConnection(server)
         self.transport = Mock()
         self.transport.get_extra_info.return_value = ("192.0.2.1", 1)
         self.transport.get_write_buffer_size.return_value = 0
