@@ -1531,7 +1531,7 @@ class Batch:
 class Loader:
     """Has documents and rows fetched by threads; what waits for one is bounded, and waits for a bounded time."""
 
-    threads, batch_size, single_threads = 3, 64, 64  # the least for 256 clients, 5 ms away (tests/load/results)
+    threads, batch_size, single_threads = 3, 128, 64  # for 256 clients, 5 ms away (tests/load/results)
     most_bytes = 16 << 20  # of large documents that are fetched and not sent yet: a pod has 256 MiB
     sending_seconds = 2.5  # for which an answer counts of which the client takes nothing: it must not stop others
     stall_seconds = 0.25  # with all threads busy and none back, something may be wrong
