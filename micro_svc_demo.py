@@ -1604,7 +1604,8 @@ class Loader:
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free (else batches grow); collections take turns."""
         now = time.monotonic()
-        self._give_up(now)
+        if self.running or self.waiting_queries:
+            self._give_up(now)
         latest = now - self.store.database.timeout_seconds
         for name, keys in [*self.waiting.items()]:
             if next(iter(keys.values()))[0].handler.started < latest:

@@ -71,6 +71,7 @@ class Run:
     _done: int = 0
     _started: float = field(default_factory=time.monotonic)
     _rejected: set[str] = field(default_factory=set)
+    _differs: set[str] = field(default_factory=set)
 
     def lives(self, lives: Lives, backend: Backend, repeat: int = 1) -> list[dict[str, Any]]:
         """Measure every scenario of every setup, `repeat` times in turns; return one row for each.
@@ -88,7 +89,9 @@ class Run:
                     with self._service(setup, backend) as service:
                         wrong = bench_check.differences(service.ports[0], backend, reference)
                         if wrong and setup.other_commit:
-                            self.say(f"{setup}: it answers otherwise, which may cost or save time: {wrong[0]}")
+                            if setup.service not in self._differs:
+                                self.say(f"{setup}: it answers otherwise, which may cost or save time: {wrong[0]}")
+                            self._differs.add(setup.service)
                         elif wrong:
                             self._rejected.add(setup.service)
                             why = f"it answers otherwise than {bench_plan.TITLES[OURS]}, so it is not measured"
@@ -228,7 +231,8 @@ def against(run: Run) -> list[list[dict[str, Any]]]:
     with bench_backend.emulated() as backend:
         for number in range(run.choices.repeat):
             order = (True, False) if number % 2 else (False, True)  # so that drift hits both alike
-            lives = [(replace(setup, other_commit=other), each) for setup, each in plan for other in order]
+            turns = [(setup, [scenario]) for setup, scenarios in plan for scenario in scenarios]
+            lives = [(replace(setup, other_commit=other), each) for setup, each in turns for other in order]
             rounds.append(run.lives(lives, backend))
     for row in (row for rows in rounds for row in rows):
         failures, rate = (row["rounds"][0][name] for name in ("failures", "requests_per_second"))
