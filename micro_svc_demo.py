@@ -103,12 +103,8 @@ def _choice(allowed: str) -> Check:
     return allowed, lambda text: {name: name for name in re.findall("[a-z]{3,}", allowed)}[text.lower()]
 
 
-def _file(text: str) -> str:
-    with open(text, "rb"):
-        return text
-
-
-_PEM = "a readable PEM file", _file
+_READABLE = "a readable file", lambda text: {True: text}[os.access(text, os.R_OK) and not os.path.isdir(text)]
+_PEM = "a readable PEM file", _READABLE[1]
 _HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _HOSTS = rf"{_HOST}(?:,{_HOST})*"
 _CLUSTER_TEXT = "host[:port], several with commas, or couchbase[s]://..."
@@ -130,7 +126,7 @@ class Settings:
     couchbase_host: str = _row(REQUIRED, _CLUSTER, "the cluster")
     couchbase_user: str = _row(REQUIRED, _matching(r"[^\x00-\x1f\x7f]{1,128}", "a user name"), "who asks")
     couchbase_password: str = _row(None, _matching(r"[^\0]{1,1024}", "text"), "that user's password", secret=True)
-    couchbase_password_file: str | None = _row(None, ("a readable file", _file), "the file with the password instead")
+    couchbase_password_file: str | None = _row(None, _READABLE, "the file with the password instead")
     couchbase_bucket: str = _row("sample_app", _matching(_NAME, "a bucket's name"), "the bucket")
     couchbase_scope: str = _row("profiles", _matching(_NAME, "a scope's name"), "the scope of the collections")
     couchbase_tls: bool = _row("true", _SWITCH, "TLS to Couchbase, unless the host is a whole URL")
@@ -2342,20 +2338,18 @@ class Processor:
                 # Threads that never run at the same time need no heaps of their own, whose memory adds up.
                 mallopt(-8, 1)  # M_ARENA_MAX
                 [self.pinned] = os.sched_getaffinity(0)
-        self._seen: tuple[float, float, dict[int, float]] = (0.0, 0.0, {})  # when `keep` looked last, and what it saw
+        self._seen: tuple[float, dict[int, float]] = 0.0, {}  # by `keep`: used by this process, and busy by processor
 
     def keep(self) -> bool:
-        """Move to a calmer processor if others crowd this one; tell whether it has. Called about once a second."""
+        """Move to a calmer processor if others crowd this one; tell whether it has. Called once a second."""
         if self.pinned is None:
             return False
         with open("/proc/stat", encoding="ascii") as file:
             busy = busy_seconds(file.read())
-        now, used = time.monotonic(), time.process_time()
-        (then, used_then, busy_then), self._seen = self._seen, (now, used, busy)
-        seconds = max(1.0, now - then)  # in less, as in a drain, no processor looks crowded
-        others = {number: (busy[number] - busy_then.get(number, busy[number])) / seconds for number in self._allowed}
-        others[self.pinned] -= (used - used_then) / seconds
-        calmer = [number for number, share in others.items() if share <= others[self.pinned] - 0.25]
+        (used, before), self._seen = self._seen, (time.process_time(), busy)
+        others = {number: busy[number] - before.get(number, busy[number]) for number in self._allowed}
+        others[self.pinned] -= self._seen[0] - used
+        calmer = [number for number, seconds in others.items() if seconds <= others[self.pinned] - 0.25]
         # by chance, as two processes that have met on one processor must not go on meeting
         if not calmer or random.getrandbits(1):
             return False

@@ -135,7 +135,7 @@ def verdict(results: Results) -> list[Check]:
         return ratio(results.get(OURS, mine or scenario, name), results.get(service, scenario, name))
 
     checks = []
-    for service, least, least_without_log in ((EXPRESS, 2.5, 3.5), (FASTAPI, 5.0, 6.5)):
+    for service, least, least_without_log in ((EXPRESS, 4.0, 4.0), (FASTAPI, 7.0, 7.0)):
         title = TITLES[service]
         on, off = compared("by-id-32", service), compared("by-id-32", service, "other-log-32")
         checks.append(_at_least(f"requests/s by id, 32 connections, against {title}", on, least, _times))
@@ -153,7 +153,7 @@ def verdict(results: Results) -> list[Check]:
     checks.append(_lower("1,000 connections, p99 against Express", p99[0], p99[1], "ms", 1))
     kept = ratio(results.get(OURS, "by-id-1000", "requests_per_second"), ours)
     checks.append(_at_least("requests/s at 1,000 connections against 32", kept, 0.9, lambda value: f"{value:.0%}"))
-    for service, most, text in ((EXPRESS, 1 / 3, "⅓"), (FASTAPI, 1 / 5, "⅕")):
+    for service, most, text in ((EXPRESS, 1 / 6, "1/6"), (FASTAPI, 1 / 9, "1/9")):
         value = compared("by-id-32", service, name="cpu_us")
         what, met = f"CPU a request against {TITLES[service]}", value is not None and value <= most
         checks.append(_check(what, f"≤ {text}", value, lambda value: f"1/{1 / value:.2f}", met))
@@ -162,11 +162,11 @@ def verdict(results: Results) -> list[Check]:
     for service in (EXPRESS, FASTAPI):
         what = f"resident memory after the run against {TITLES[service]}"
         checks.append(_lower(what, results.after_run_mb(OURS), results.after_run_mb(service), "MB", 1))
-    for service, least in ((EXPRESS, 2.0), (FASTAPI, 4.0)):
+    for service, least in ((EXPRESS, 2.2), (FASTAPI, 4.5)):
         what = f"raw pictures, requests/s against {TITLES[service]}"
         checks.append(_at_least(what, compared("picture", service), least, _times))
     both = results.get(OURS, "two-processes-32", "requests_per_second")
-    checks.append(_at_least("two processes, requests/s at 32 connections", both, 12_000, lambda value: f"{value:,.0f}"))
+    checks.append(_at_least("two processes, requests/s at 32 connections", both, 15_000, lambda value: f"{value:,.0f}"))
     return checks
 
 

@@ -351,14 +351,13 @@ ctxt 99
     def test_only_what_is_calmer_by_a_quarter_is_worth_moving_to(
         self, monkeypatch: pytest.MonkeyPatch, others: dict[int, float], calmer: list[int]
     ) -> None:
-        """By the share that others use, without what this process has used where it is pinned."""
+        """By the seconds that others have used, without what this process has used where it is pinned."""
         processor = service.Processor(Mock(cpu_affinity="off"))
         assert not processor.keep()
         processor.pinned, processor._allowed, offered = 0, list(others), []
-        busy = [dict.fromkeys(others, 10.0), {number: 10.0 + 2 * share for number, share in others.items()}]
+        busy = [dict.fromkeys(others, 10.0), {number: 10.0 + seconds for number, seconds in others.items()}]
         busy[1][0] += 1.0  # by this process
         monkeypatch.setattr(service, "busy_seconds", lambda _stat: busy.pop(0))
-        monkeypatch.setattr(time, "monotonic", iter((100.0, 102.0)).__next__)
         monkeypatch.setattr(time, "process_time", iter((5.0, 6.0)).__next__)
         monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
         monkeypatch.setattr(random, "getrandbits", lambda _: 0)
