@@ -611,7 +611,6 @@ class ProfileServer(ThreadingHTTPServer):
         self.pictures = Pictures()
         self.tracer: Any = None
         self.processor: Processor | None = None
-        self.namespace = f"{settings.couchbase_bucket}.{settings.couchbase_scope}"
         self.request_prefix = os.urandom(6).hex()  # with a number behind it, a request id that no other process makes
         self.request_numbers = itertools.count(1)
         self.connections: set[Connection] = set()
@@ -739,11 +738,7 @@ class ProfileServer(ThreadingHTTPServer):
             await asyncio.sleep(delay)
         while True:
             self.tell_ready()
-            await asyncio.sleep(0.2)
-            longest = min(health.check_seconds, period) * random.uniform(0.6, 0.9)  # noqa: S311  # not a secret
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(health.check_due.wait(), longest)
-            health.check_due.clear()
+            await asyncio.sleep(min(health.check_seconds, period) * random.uniform(0.6, 0.9))  # noqa: S311  # no secret
             try:
                 await health.check()
             except Exception as error:
@@ -1044,7 +1039,7 @@ class EndOfTurn(selectors.DefaultSelector):
             if server.log.access:
                 server.log.requests(handlers)
             for handler in handlers if server.tracer else ():
-                record_spans(server.tracer, handler, server.namespace)
+                record_spans(server.tracer, handler)
         events = super().select(timeout)
         server.date = http_date(int(time.time()))
         return events
@@ -1203,7 +1198,6 @@ class Connection(asyncio.Protocol):
 # ── TLS ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Not asyncio's own, in which a client's end cuts off the answers under way, what waits in the socket's transport counts
 # as sent, and each connection has a buffer of 256 KiB (3.11 to 3.13). Here flow control and both ends are as in plain.
-_ODD = re.compile(r"[^A-Za-z0-9 ._@:/*-]")  # in a client's name
 _PLAIN_HTTP = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n\r\nspeak HTTPS here\n"
 
 
@@ -1230,7 +1224,7 @@ class TlsConnection(Connection):
                 self.deadline += self.server.idle_seconds - self.head_seconds
                 if certificate := self.tls.getpeercert():
                     names = dict(pair for part in certificate["subject"] for pair in part)
-                    self.client_cert = f', "client_cert": "{_ODD.sub("?", names.get("commonName", "-")[:64])}"'
+                    self.client_cert = f', "client_cert": {json.dumps(names.get("commonName", "-")[:64])}'
             while self._incoming.pending or self.tls.pending():
                 parts.append(self.tls.read(self.receive_bytes))
                 if not parts[-1]:  # the client's end
@@ -1473,9 +1467,7 @@ class Query(Awaited):
         """Answer with what came of it, and judge by it whether the query service is well."""
         store, now, breaker = self.loader.store, time.monotonic(), self.loader.store.health.query_breaker
         self.loader.running.discard(self)
-        if isinstance(outcome, ProblemError):  # nothing has been asked for, or its end is not waited for any more
-            breaker.release()
-        else:
+        if not isinstance(outcome, ProblemError):  # nothing has been asked for, or its end is not waited for any more
             failure = failure_of(outcome) if isinstance(outcome, Exception) else None
             if failure and failure.outage:
                 breaker.failed(self.started, now)
@@ -1511,8 +1503,6 @@ class Batch:
             if documents:
                 size = len(next(iter(documents.values())).value)
                 loader.sizes[operation.target] += (size - loader.sizes[operation.target]) // 4
-        elif isinstance(outcome, ProblemError):  # nothing has been asked for
-            (store.health.replica_breaker if self._first.replica else store.health.breaker).release()
         loader.fetching_bytes -= self._bytes
         for key, gets in self.waiting.items():
             for get in gets:
@@ -1824,7 +1814,6 @@ class Breaker:
 
     CLOSED, HALF_OPEN, OPEN = STATES = ("closed", "half-open", "open")
     threshold, first_seconds, most_seconds = 5, 1.0, 5.0  # failures in a row; pauses, from the first to the longest
-    lost_seconds = 30.0  # a probe that has not come back by then is counted as lost, and another allowed
 
     def __init__(self, changed: Callable[[str], None], jitter: Callable[..., float] = random.uniform) -> None:
         """Make a closed one; `changed` hears of each new state, `jitter(low, high)` keeps replicas out of step."""
@@ -1836,14 +1825,9 @@ class Breaker:
         """Tell whether a call may be made at `now` (monotonic seconds); if so, its outcome must be told."""
         allowed = self.state == self.CLOSED or now >= self._probe_at
         if allowed and self.state != self.CLOSED:
-            self._probe_at = now + self.lost_seconds
+            self._probe_at = now + self.most_seconds  # for another, if nothing comes of this one
             self._turn(self.HALF_OPEN, now)
         return allowed
-
-    def release(self) -> None:
-        """Let another call be the probe: the one that was allowed has not been made."""
-        if self.state == self.HALF_OPEN:
-            self._probe_at = 0.0
 
     def admit(self, now: float) -> None:
         """Raise a 503 unless a call may be made at `now`."""
@@ -1891,7 +1875,6 @@ class Health:
         self.breaker, self.query_breaker, self.replica_breaker = (
             Breaker(functools.partial(self._tell, service)) for service in ("key-value", "query", "key-value replicas")
         )
-        self.check_due = asyncio.Event()  # set to have the next check at once
         self.degraded = False  # key-value has failed lately: no document waits for another's failure
         self.slow: set[int] | None = None  # vBuckets that are not answered soon while others are; None: not known yet
         self.down = set[int]()  # of those, the ones that are not within a request's time-out either: slow is not down
@@ -1901,7 +1884,6 @@ class Health:
 
     def _tell(self, service: str, state: str) -> None:
         self._log.event("info" if state == Breaker.CLOSED else "warning", "breaker", service=service, state=state)
-        self.check_due.set()
 
     def failed(self, key: str, done: Operation) -> None:
         """Take note of a key-value failure that speaks of the service."""
@@ -1920,7 +1902,6 @@ class Health:
         if not self.degraded:
             self.degraded, self.slow = True, None
             self._watcher = asyncio.ensure_future(self._watch_vbuckets())
-            self.check_due.set()
 
     async def _watch_vbuckets(self) -> None:
         """Find out which vBuckets are slow, and which of them are down; of an open breaker this may be the probe."""
@@ -2281,7 +2262,7 @@ def find_tracer(log: Log) -> Any:
     return None
 
 
-def record_spans(tracer: Any, handler: ProfileHandler, namespace: str) -> None:
+def record_spans(tracer: Any, handler: ProfileHandler) -> None:
     """Record an answered request as a server span, and its Couchbase operation as a child."""
     from opentelemetry import propagate, trace  # noqa: PLC0415  # there, as there is a tracer
     from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415
@@ -2297,7 +2278,8 @@ def record_spans(tracer: Any, handler: ProfileHandler, namespace: str) -> None:
         span.set_status(StatusCode.ERROR)
         span.set_attribute("error.type", str(handler.status))
     if done:
-        query = done.name == "query"
+        query, settings = done.name == "query", handler.server.settings
+        namespace = f"{settings.couchbase_bucket}.{settings.couchbase_scope}"
         attributes = {"db.system.name": "couchbase", "db.operation.name": done.name, "db.namespace": namespace}
         attributes["db.query.text" if query else "db.collection.name"] = done.target
         attributes |= {"db.operation.batch.size": str(done.size)} if done.size > 1 else {}

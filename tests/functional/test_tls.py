@@ -200,26 +200,19 @@ class TestNoHandshake:
 
 
 class TestMutual:
-    @pytest.mark.parametrize(
-        ("name", "logged"),
-        [
-            ("billing", "billing"),
-            ("ns/prod.billing@example.org:7", "ns/prod.billing@example.org:7"),
-            ('a", "status": 200, "x": "\\', "a?? ?status?: 200? ?x?: ??"),
-            ("Zoë\u202e", "Zo??"),
-        ],
-    )
+    @pytest.mark.parametrize("name", ["billing", 'a", "status": 200, "x": "\\', "Zoë\u202e"])
     def test_the_clients_name_is_in_the_log(
-        self, mutual: ServiceProcess, database, certificates: Certificates, name: str, logged: str
+        self, mutual: ServiceProcess, database, certificates: Certificates, name: str
     ) -> None:
-        """Of characters that mean nothing in a line of JSON; a caller's own X-Request-ID tells which line."""
+        """As it is, and escaped, so that it forges nothing; a caller's own X-Request-ID tells which line."""
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, mutual.port, "tls", mutual.tls)
             mutual.port.tls = certificates.client(name)  # type: ignore[attr-defined]
             assert mutual.get("/api/v1/id/1", database.token, X_Request_ID="named").status == 200
         while (line := mutual.wait_for("request"))["request_id"] != "named":
             pass
-        assert (line["client_cert"], line["status"]) == (logged, 200)
+        assert (line["client_cert"], line["status"]) == (name, 200)
+        assert mutual.raw_lines[-1].isascii()
 
     def test_without_a_certificate_or_with_anothers_nobody_gets_in(
         self, mutual: ServiceProcess, certificates: Certificates, tmp_path: Path

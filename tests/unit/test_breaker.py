@@ -100,8 +100,8 @@ TRANSITIONS: dict[str, list[tuple[float, str, str]]] = {
     "a lost probe is replaced": [
         *OPENED,
         (1.0, ALLOWED, HALF_OPEN),
-        (30.9, REFUSED, HALF_OPEN),
-        (31.0, ALLOWED, HALF_OPEN),
+        (5.9, REFUSED, HALF_OPEN),
+        (6.0, ALLOWED, HALF_OPEN),
     ],
 }
 

@@ -502,27 +502,6 @@ async def test_a_query_that_has_waited_for_too_long_is_refused(bench: Bench) -> 
 
 
 @in_the_loop
-async def test_a_probe_that_is_refused_for_want_of_a_thread_is_not_lost(bench: Bench) -> None:
-    """The next query is let through in its place, as soon as the thread is free."""
-    first = bench.query()
-    [call] = await bench.calls(1)
-    bench.loader.query_wait_seconds = 0.0
-    breaker, before = bench.health.query_breaker, time.monotonic() - 10.0
-    for _ in range(breaker.threshold):
-        breaker.failed(before, before)
-    assert await statuses(bench.query()) == [503]
-    bench.loader.query_wait_seconds = SECONDS
-    call.answer()
-    assert await statuses(first) == [200]
-    second = bench.query()
-    assert not second.done(), second.result()
-    [call] = await bench.calls(1)
-    call.answer()
-    assert await statuses(second) == [200]
-    assert breaker.state == service.Breaker.CLOSED
-
-
-@in_the_loop
 async def test_when_too_many_queries_wait_the_next_is_refused_at_once(bench: Bench) -> None:
     bench.loader.most_queries, bench.loader.query_wait_seconds = 2, SECONDS
     clients = [bench.query()]

@@ -33,7 +33,7 @@ def spans(handle) -> Spans:
         provider.add_span_processor(SimpleSpanProcessor(exporter))
         handler = handle(path, "Authorization: Bearer secret", *fields)
         handler.operation, handler.server.tls = done, tls
-        service.record_spans(provider.get_tracer("test"), handler, "sample_app.profiles")
+        service.record_spans(provider.get_tracer("test"), handler)
         return list(exporter.get_finished_spans())
 
     return spans
