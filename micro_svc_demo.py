@@ -1610,11 +1610,14 @@ class Loader:
             if self._fetch(self._batches, name, few, now) and name in self.waiting:
                 collections.append(name)
                 self.waiting[name] = self.waiting.pop(name)  # it comes behind the others
-        if degraded and slow is not None:
-            for name, key in [(name, key) for name, keys in self.waiting.items() for key in keys]:
+        if degraded and slow is not None and self.singles.free:
+            some = {name: [*itertools.islice(keys, self.single_threads)] for name, keys in self.waiting.items()}
+            for name, key in [(name, key) for name, keys in some.items() for key in keys]:
                 apart = vbucket(key) in slow and not self.waiting[name][key][0].replica
                 if self.singles.free > self.single_threads // 2 * apart:  # what is slow takes half of them at most
                     self._fetch(self.singles, name, [key], now)
+                elif apart:  # others are looked at first the next time
+                    self.waiting[name][key] = self.waiting[name].pop(key)
         while self.waiting_queries and self._queries.free:
             query = self.waiting_queries.popleft()
             query.started, query.handler.queue_seconds = now, now - query.handler.started
