@@ -1587,6 +1587,14 @@ class Loader:
             pool.run(Batch(taken, now, size * (answers - room)))
         return bool(taken)
 
+    def _refuse(self, collection: str, keys: list[str], now: float) -> None:
+        """Refuse those who asked for documents so long ago that no caller would wait for them."""
+        waiting = self.waiting[collection]
+        late = {key: waiting.pop(key) for key in keys}
+        if not waiting:
+            del self.waiting[collection]
+        Batch(late, now).finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
+
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free (else batches grow); collections take turns."""
         now = time.monotonic()
@@ -1595,11 +1603,7 @@ class Loader:
         latest = now - self.store.database.timeout_seconds
         for name, keys in [*self.waiting.items()]:
             if next(iter(keys.values()))[0].handler.started < latest:
-                late = {key: gets for key, gets in keys.items() if gets[0].handler.started < latest}
-                self.waiting[name] = {key: gets for key, gets in keys.items() if key not in late}
-                if not self.waiting[name]:
-                    del self.waiting[name]
-                Batch(late, now).finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
+                self._refuse(name, [key for key, gets in keys.items() if gets[0].handler.started < latest], now)
         if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
             self.store.health.degrade(1.0)
         degraded, slow = self.store.health.degraded, self.store.health.slow
@@ -1610,11 +1614,14 @@ class Loader:
             if self._fetch(self._batches, name, few, now) and name in self.waiting:
                 collections.append(name)
                 self.waiting[name] = self.waiting.pop(name)  # it comes behind the others
-        if degraded and slow is not None and self.singles.free:
+        if degraded and slow is not None:
             some = {name: [*itertools.islice(keys, self.single_threads)] for name, keys in self.waiting.items()}
             for name, key in [(name, key) for name, keys in some.items() for key in keys]:
-                apart = vbucket(key) in slow and not self.waiting[name][key][0].replica
-                if self.singles.free > self.single_threads // 2 * apart:  # what is slow takes half of them at most
+                first = self.waiting[name][key][0]
+                apart = vbucket(key) in slow and not first.replica
+                if first.handler.started < latest:
+                    self._refuse(name, [key], now)
+                elif self.singles.free > self.single_threads // 2 * apart:  # what is slow takes half of them at most
                     self._fetch(self.singles, name, [key], now)
                 elif apart:  # others are looked at first the next time
                     self.waiting[name][key] = self.waiting[name].pop(key)
