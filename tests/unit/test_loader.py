@@ -488,6 +488,28 @@ async def test_what_is_slow_takes_half_of_the_threads_at_most(bench: Bench) -> N
     assert await replies(slow) == found(*slow_ids)
 
 
+@in_the_loop
+async def test_what_is_slow_is_refused_in_time_wherever_it_waits(bench: Bench) -> None:
+    """A turn looks at 64 of those who wait, the next one at others."""
+    running, numbers = service.Loader.single_threads // 2, range(1, 200)
+    bench.silent = {service.vbucket(f"user_data:{number}") for number in numbers}
+    bench.database.probe = functools.partial(probe_that_waits_to_confirm, bench, bench.database.probe)
+    bench.health.degrade(SECONDS)
+    slow = bench.profiles(*numbers)
+    calls = await bench.calls(running)
+    waiting = bench.loader.waiting[service.USERS]
+    late = [*waiting][10:20]
+    for key in late:
+        waiting[key][0].handler.started -= SECONDS
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert [client.result()[0] for client in slow if client.done()] == [503] * len(late)
+    bench.database.timeout_seconds = 0.0  # now all of them have waited for longer
+    for call in calls:
+        call.answer()
+    assert set(await statuses(*slow)) == {200, 503}
+
+
 # ---- queries ----
 
 
