@@ -2125,7 +2125,7 @@ class Log:
     def _write_all(self) -> None:
         """Write what comes until None does, in the log's thread; a closed output stops nobody."""
         while True:
-            chunks = [self._lines.get(), *(self._lines.get() for _ in range(self._lines.qsize()))]
+            chunks = [self._lines.get(), *map(self._lines.get, [True] * self._lines.qsize())]
             data = left = b"".join(filter(None, chunks))
             with contextlib.suppress(OSError):
                 while left:
