@@ -1528,7 +1528,8 @@ class Loader:
     def __init__(self, store: ProfileStore, query_threads: int, log: Log) -> None:
         self.store, self._log = store, log
         self._dispatched_at = self.adhoc_until = 0.0  # monotonic seconds; until the latter, statements go unprepared
-        self.waiting: dict[str, dict[str, list[Get]]] = {}  # by collection and key, in the order of asking
+        # by collection and whether replicas are asked, then by key, in the order of asking
+        self.waiting: dict[tuple[str, bool], dict[str, list[Get]]] = {}
         self.sizes = {USERS: 0, IMAGES: 6 << 20}  # of a collection's documents lately: a mean; at first a guess
         self.fetching_bytes, self.writing = 0, set[Connection]()  # of large documents; who has an answer half sent
         self.waiting_queries, self.running = deque[Query](), set[Query]()
@@ -1542,7 +1543,7 @@ class Loader:
                 return awaited.finish(unavailable("overloaded: too many queries wait", rejected="overloaded"))
             self.waiting_queries.append(awaited)
         elif isinstance(awaited, Get):
-            waiting = self.waiting.setdefault(awaited.collection, {})
+            waiting = self.waiting.setdefault((awaited.collection, awaited.replica), {})
             waiting.setdefault(awaited.key, []).append(awaited)
             if len(waiting) == self.batch_size:
                 self.dispatch()
@@ -1563,12 +1564,12 @@ class Loader:
             self.store.health.query_breaker.failed(query.started, now)
             query.finish(ProblemError(504, _TOO_SLOW))
 
-    def _fetch(self, pool: Pool, collection: str, keys: Collection[str], now: float) -> bool:
+    def _fetch(self, pool: Pool, name: tuple[str, bool], keys: Collection[str], now: float) -> bool:
         """Have a collection's documents fetched, of large ones what the bound allows; tell whether any is."""
-        waiting, size, taken = self.waiting[collection], self.sizes[collection], dict[str, list[Get]]()
+        waiting, size, taken = self.waiting[name], self.sizes[name[0]], dict[str, list[Get]]()
         if size * self.batch_size * self.threads <= self.most_bytes:
             every = len(keys) == len(waiting)
-            pool.run(Batch(self.waiting.pop(collection) if every else {key: waiting.pop(key) for key in keys}, now))
+            pool.run(Batch(self.waiting.pop(name) if every else {key: waiting.pop(key) for key in keys}, now))
             return True
         sending = [each for each in self.writing if each.deadline - each.write_seconds > now - self.sending_seconds]
         held = self.fetching_bytes + sum(each.transport.get_write_buffer_size() for each in sending)
@@ -1581,18 +1582,18 @@ class Loader:
             if not room:
                 break
         if not waiting:
-            del self.waiting[collection]
+            del self.waiting[name]
         if taken:
             self.fetching_bytes += size * (answers - room)
             pool.run(Batch(taken, now, size * (answers - room)))
         return bool(taken)
 
-    def _refuse(self, collection: str, keys: list[str], now: float) -> None:
+    def _refuse(self, name: tuple[str, bool], keys: list[str], now: float) -> None:
         """Refuse those who asked for documents so long ago that no caller would wait for them."""
-        waiting = self.waiting[collection]
+        waiting = self.waiting[name]
         late = {key: waiting.pop(key) for key in keys}
         if not waiting:
-            del self.waiting[collection]
+            del self.waiting[name]
         Batch(late, now).finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
 
     def dispatch(self) -> None:
@@ -1610,7 +1611,8 @@ class Loader:
         collections = deque(() if degraded else self.waiting)
         while collections and self._batches.free:
             keys, self._dispatched_at = self.waiting[name := collections.popleft()], now
-            few = keys if len(keys) <= self.batch_size else [*itertools.islice(keys, self.batch_size)]
+            most = 1 if name[1] else self.batch_size
+            few = keys if len(keys) <= most else [*itertools.islice(keys, most)]
             if self._fetch(self._batches, name, few, now) and name in self.waiting:
                 collections.append(name)
                 self.waiting[name] = self.waiting.pop(name)  # it comes behind the others
@@ -1618,7 +1620,7 @@ class Loader:
             some = {name: [*itertools.islice(keys, self.single_threads)] for name, keys in self.waiting.items()}
             for name, key in [(name, key) for name, keys in some.items() for key in keys]:
                 first = self.waiting[name][key][0]
-                apart = vbucket(key) in slow and not first.replica
+                apart = vbucket(key) in slow and not name[1]
                 if first.handler.started < latest:
                     self._refuse(name, [key], now)
                 elif self.singles.free > self.single_threads // 2 * apart:  # what is slow takes half of them at most

@@ -497,7 +497,7 @@ async def test_what_is_slow_is_refused_in_time_wherever_it_waits(bench: Bench) -
     bench.health.degrade(SECONDS)
     slow = bench.profiles(*numbers)
     calls = await bench.calls(running)
-    waiting = bench.loader.waiting[service.USERS]
+    waiting = bench.loader.waiting[service.USERS, False]
     late = [*waiting][10:20]
     for key in late:
         waiting[key][0].handler.started -= SECONDS
@@ -508,6 +508,26 @@ async def test_what_is_slow_is_refused_in_time_wherever_it_waits(bench: Bench) -
     for call in calls:
         call.answer()
     assert set(await statuses(*slow)) == {200, 503}
+
+
+@in_the_loop
+async def test_who_may_ask_replicas_does_not_join_those_who_wait_for_the_node(bench: Bench) -> None:
+    half = service.Loader.single_threads // 2
+    bench.silent = {service.vbucket(f"user_data:{number}") for number in range(1, half + 2)}
+    bench.database.probe = functools.partial(probe_that_waits_to_confirm, bench, bench.database.probe)
+    bench.health.degrade(SECONDS)
+    clients = bench.profiles(*range(1, half + 2))
+    calls = await bench.calls(half)  # so the last one waits
+    bench.health.down = set(bench.silent)
+    clients += bench.profiles(half + 1)
+    calls += await bench.calls(1)
+    assert (calls[-1].name, calls[-1].keys) == ("get_any_replica", keys(half + 1))
+    for call in calls:
+        call.answer()
+    [last] = await bench.calls(1)
+    assert last.name == "get"
+    last.answer()
+    assert await replies(clients) == found(*range(1, half + 2), half + 1)
 
 
 # ---- queries ----
