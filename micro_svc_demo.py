@@ -103,8 +103,12 @@ def _choice(allowed: str) -> Check:
     return allowed, lambda text: {name: name for name in re.findall("[a-z]{3,}", allowed)}[text.lower()]
 
 
-_READABLE = "a readable file", lambda text: {True: text}[os.access(text, os.R_OK) and not os.path.isdir(text)]
-_PEM = "a readable PEM file", _READABLE[1]
+def _file(text: str) -> str:
+    with open(text, "rb"):
+        return text
+
+
+_PEM = "a readable PEM file", _file
 _HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _HOSTS = rf"{_HOST}(?:,{_HOST})*"
 _CLUSTER_TEXT = "host[:port], several with commas, or couchbase[s]://..."
@@ -126,7 +130,7 @@ class Settings:
     couchbase_host: str = _row(REQUIRED, _CLUSTER, "the cluster")
     couchbase_user: str = _row(REQUIRED, _matching(r"[^\x00-\x1f\x7f]{1,128}", "a user name"), "who asks")
     couchbase_password: str = _row(None, _matching(r"[^\0]{1,1024}", "text"), "that user's password", secret=True)
-    couchbase_password_file: str | None = _row(None, _READABLE, "the file with the password instead")
+    couchbase_password_file: str | None = _row(None, ("a readable file", _file), "the file with the password instead")
     couchbase_bucket: str = _row("sample_app", _matching(_NAME, "a bucket's name"), "the bucket")
     couchbase_scope: str = _row("profiles", _matching(_NAME, "a scope's name"), "the scope of the collections")
     couchbase_tls: bool = _row("true", _SWITCH, "TLS to Couchbase, unless the host is a whole URL")
@@ -656,6 +660,7 @@ class ProfileServer(ThreadingHTTPServer):
         keeper = loop.create_task(self._keep_ready())
         while not self._stopping.is_set():
             self.service_actions()
+            self.store.loader.singles.shrink()
             try:
                 self.renew_certificate()
             except SettingsError as error:
@@ -703,9 +708,8 @@ class ProfileServer(ThreadingHTTPServer):
                 self.log.event("info", "certificate renewed", **self.certificate)
 
     def service_actions(self) -> None:
-        """Keep the connections' deadlines, and no more threads than are needed."""
+        """Keep the connections' deadlines."""
         now = time.monotonic()
-        self.store.loader.singles.shrink()
         for connection in self.store.loader.writing:
             if (unsent := connection.transport.get_write_buffer_size()) < connection.unsent:
                 connection.unsent, connection.deadline = unsent, now + connection.write_seconds
@@ -1260,7 +1264,9 @@ class TlsConnection(Connection):
     def eof_received(self) -> bool:
         """Take note of the client's end, in TLS' words or in TCP's alone."""
         going_on = super().eof_received()
-        return going_on or self._end()
+        if not going_on:
+            self._end()
+        return going_on
 
     def resume_writing(self) -> None:
         """Go on after an answer, or end."""
@@ -1273,14 +1279,13 @@ class TlsConnection(Connection):
         self._end()
         super().abort()
 
-    def _end(self) -> bool:
+    def _end(self) -> None:
         """Say in TLS' own words, before TCP's, that nothing more comes."""
         if not self._ended:
             self._ended = True
             with contextlib.suppress(ssl.SSLError):  # the client's own word is not there yet
                 self.tls.unwrap()
             self.transport.write(self._outgoing.read())
-        return False
 
 
 def server_context(settings: Settings) -> tuple[ssl.SSLContext, float]:
@@ -1467,7 +1472,7 @@ class Query(Awaited):
         """Answer with what came of it, and judge by it whether the query service is well."""
         store, now, breaker = self.loader.store, time.monotonic(), self.loader.store.health.query_breaker
         self.loader.running.discard(self)
-        if not isinstance(outcome, ProblemError):  # nothing has been asked for, or its end is not waited for any more
+        if not isinstance(outcome, ProblemError):  # else nothing has been asked for, or its end is no longer waited for
             failure = failure_of(outcome) if isinstance(outcome, Exception) else None
             if failure and failure.outage:
                 breaker.failed(self.started, now)
@@ -1617,16 +1622,16 @@ class Loader:
                 collections.append(name)
                 self.waiting[name] = self.waiting.pop(name)  # it comes behind the others
         if degraded and slow is not None:
-            some = {name: [*itertools.islice(keys, self.single_threads)] for name, keys in self.waiting.items()}
-            for name, key in [(name, key) for name, keys in some.items() for key in keys]:
-                first = self.waiting[name][key][0]
-                apart = vbucket(key) in slow and not name[1]
-                if first.handler.started < latest:
-                    self._refuse(name, [key], now)
-                elif self.singles.free > self.single_threads // 2 * apart:  # what is slow takes half of them at most
-                    self._fetch(self.singles, name, [key], now)
-                elif apart:  # others are looked at first the next time
-                    self.waiting[name][key] = self.waiting[name].pop(key)
+            for name, keys in [*self.waiting.items()]:
+                for key in [*itertools.islice(keys, self.single_threads)]:
+                    first = keys[key][0]
+                    apart = vbucket(key) in slow and not first.replica
+                    if first.handler.started < latest:
+                        self._refuse(name, [key], now)
+                    elif self.singles.free > self.single_threads // 2 * apart:  # what is slow takes half at most
+                        self._fetch(self.singles, name, [key], now)
+                    elif apart:  # others are looked at first the next time
+                        keys[key] = keys.pop(key)
         while self.waiting_queries and self._queries.free:
             query = self.waiting_queries.popleft()
             query.started, query.handler.queue_seconds = now, now - query.handler.started
@@ -1713,7 +1718,7 @@ class Database:
 
     def probe(self, vbuckets: Collection[int], seconds: float) -> set[int]:
         """Ask for a document that does not exist in each vBucket, as requests ask; return those that were answered."""
-        keys, timeout = {PROBE_KEYS[number]: number for number in vbuckets}, timedelta(seconds=seconds)
+        keys, timeout = {probe_keys()[number]: number for number in vbuckets}, timedelta(seconds=seconds)
         answer = self._collections[USERS].get_multi(list(keys), timeout=timeout)
         return {keys[key] for key, error in answer.exceptions.items() if not failure_of(error).outage}
 
@@ -1813,7 +1818,11 @@ def vbucket(key: str) -> int:
     return (zlib.crc32(key.encode()) >> 16 & 0x7FFF) % VBUCKETS
 
 
-PROBE_KEYS = {vbucket(key): key for key in (f"probe:{number}" for number in range(VBUCKETS * 16))}  # of no document
+@functools.cache
+def probe_keys() -> dict[int, str]:
+    """Return a key for each vBucket that no document has."""
+    return {vbucket(key): key for key in (f"probe:{number}" for number in range(VBUCKETS * 16))}
+
 
 # A breaker's states, who may call, and what moves it on:
 #   closed      all                  `threshold` failures in a row                           -> open
@@ -2127,6 +2136,7 @@ class Log:
     def _write_all(self) -> None:
         """Write what comes until None does, in the log's thread; a closed output stops nobody."""
         while True:
+            # all that is there, `block` being True: by `map`, as a generator would be a frame for each
             chunks = [self._lines.get(), *map(self._lines.get, [True] * self._lines.qsize())]
             data = left = b"".join(filter(None, chunks))
             with contextlib.suppress(OSError):

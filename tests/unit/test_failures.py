@@ -406,4 +406,4 @@ def test_keys_belong_to_the_vbucket_that_couchbase_says() -> None:
 
 
 def test_there_is_a_key_to_probe_each_vbucket_with() -> None:
-    assert [service.vbucket(service.PROBE_KEYS[number]) for number in range(1024)] == list(range(1024))
+    assert [service.vbucket(service.probe_keys()[number]) for number in range(1024)] == list(range(1024))

@@ -489,6 +489,19 @@ async def test_what_is_slow_takes_half_of_the_threads_at_most(bench: Bench) -> N
 
 
 @in_the_loop
+async def test_a_thread_for_single_documents_ends_when_idle(bench: Bench) -> None:
+    """And another is started when it is needed."""
+    bench.health.degrade(SECONDS)
+    for number in (1, 2):
+        clients = bench.profiles(number)
+        [call] = await bench.calls(1)
+        call.answer()
+        assert await replies(clients) == found(number)
+        bench.loader.singles.shrink()
+        assert await within(bench.ended.get()) == call.thread
+
+
+@in_the_loop
 async def test_what_is_slow_is_refused_in_time_wherever_it_waits(bench: Bench) -> None:
     """A turn looks at 64 of those who wait, the next one at others."""
     running, numbers = service.Loader.single_threads // 2, range(1, 200)

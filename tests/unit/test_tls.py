@@ -30,25 +30,25 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, 
 
 
 class Wire:
-    """A client and a `Tls` with nothing but memory in between."""
+    """A client and a `TlsConnection` with nothing but memory in between."""
 
     def __init__(self, server: service.ProfileServer, contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
         server.tls = contexts[0]
-        self.tls = self.connection = service.TlsConnection(server)
+        self.connection = service.TlsConnection(server)
         self.transport = Mock()
         self.transport.get_extra_info.return_value = ("192.0.2.1", 1)
         self.transport.get_write_buffer_size.return_value = 0
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.transport.write = self.incoming.write
         self.client = contexts[1].wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
-        self.tls.connection_made(self.transport)
+        self.connection.connection_made(self.transport)
 
     def send(self, lengths: Iterator[int]) -> None:
         """Deliver what the client has to say, in pieces."""
         data = self.outgoing.read()
         while data:
             piece, data = data[: (length := next(lengths))], data[length:]
-            self.tls.data_received(piece)
+            self.connection.data_received(piece)
 
     def shake_hands(self, lengths: Iterator[int]) -> None:
         """Go through the handshake."""
@@ -109,7 +109,7 @@ def test_however_damaged_nothing_is_answered_but_what_was_asked(
     async def run() -> list[bytes]:
         server.store.documents["user_data", "user_data:1"] = service.Document(BODY, 1)  # type: ignore[attr-defined]
         wire, seen = Wire(server, contexts), [0]
-        receive = wire.tls.data_received
+        receive = wire.connection.data_received
 
         def damage(piece: bytes) -> None:
             start, seen[0] = seen[0], seen[0] + len(piece)
@@ -119,7 +119,7 @@ def test_however_damaged_nothing_is_answered_but_what_was_asked(
             if not wire.transport.close.called:
                 receive(bytes(changed))
 
-        wire.tls.data_received = damage  # type: ignore[method-assign]
+        wire.connection.data_received = damage  # type: ignore[method-assign]
         received = b""
         with contextlib.suppress(ssl.SSLError):  # of the client's side, which has been told, or has found out itself
             wire.shake_hands(endless([100]))
@@ -147,11 +147,11 @@ def test_an_answer_that_comes_after_tls_has_failed_is_cut_off(
         wire.client.write(request("/healthz"))
         wire.send(endless([1 << 20]))
         handler = server.answered.pop()
-        wire.tls.data_received(b"\x17\x03\x03\x00\x20" + b"x" * 32)  # a record that nobody has encrypted
+        wire.connection.data_received(b"\x17\x03\x03\x00\x20" + b"x" * 32)  # a record that nobody has encrypted
         wire.transport.close.assert_called_once_with()
         wire.connection.reply(handler)
         wire.transport.abort.assert_called_once_with()
-        wire.tls.connection_lost(None)
+        wire.connection.connection_lost(None)
         return server.answered.pop()
 
     handler = asyncio.run(run())
