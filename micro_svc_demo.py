@@ -790,23 +790,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the service; return the exit code: 0 after a drain, 1 if it cannot serve, 2 for a bad setting."""
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
-    except SettingsError as error:
-        print(f"micro_svc_demo: {error}", file=sys.stderr)
-        return 2
-    hard, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[1], settings.max_connections
-    with contextlib.suppress(ValueError, OSError):  # the system allows less than it says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    settings = replace(settings, max_connections=min(wanted, max(1, os.sysconf("SC_OPEN_MAX") - SPARE_DESCRIPTORS)))
-    processor = Processor(settings)  # before the first thread, as those inherit it
-    try:
+        hard, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[1], settings.max_connections
+        with contextlib.suppress(ValueError, OSError):  # the system allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        settings = replace(settings, max_connections=min(wanted, max(1, os.sysconf("SC_OPEN_MAX") - SPARE_DESCRIPTORS)))
+        processor = Processor(settings)  # before the first thread, as those inherit it
         log, metrics = Log(settings.log_level, access=settings.access_log), Metrics()
         server = ProfileServer(settings, ProfileStore(settings, log, metrics), log, metrics)
     except SettingsError as error:
         print(f"micro_svc_demo: {error}", file=sys.stderr)
         return 2
-    except (OSError, RuntimeError) as error:  # a port is in use; no thread can be started
-        ports = f"SERVICE_PORT {settings.port} and METRICS_PORT {settings.metrics_port}"
-        print(f"micro_svc_demo: cannot start with {ports}: {error}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:  # a port is in use, which it names; no thread can be started
+        print(f"micro_svc_demo: cannot start with this SERVICE_PORT and METRICS_PORT: {error}", file=sys.stderr)
         return 1
     address, port, cluster = *server.server_address[:2], settings.connection_string
     metrics_port = server.metrics_socket.getsockname()[1] if server.metrics_socket else None
