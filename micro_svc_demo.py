@@ -226,11 +226,12 @@ def _with_password(settings: Settings) -> Settings:
 class ProblemError(Exception):
     """Raised anywhere while a request is answered, and answered in one place as a problem document (RFC 9457)."""
 
-    # `detail` and `members` are for the caller: never a secret, never another's data. `headers` are whole lines;
-    # `rejected` says, of a request refused before it was worked on, why (one of REASONS), for the metrics.
+    # `detail` and `members` are for the caller: never a secret, never another's data. `headers`, whole lines, stand in
+    # for those of the status; `rejected` is for the metrics: why (one of REASONS) it was refused before any work on it.
     def __init__(self, status: int, detail: str, headers: str = "", rejected: str = "", **members: object) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.headers, self.rejected, self.members = status, detail, headers, rejected, members
+        self.status, self.detail, self.rejected, self.members = status, detail, rejected, members
+        self.headers = headers or _FIELDS_BY_STATUS.get(status, "")
 
     def document(self, request_id: str) -> bytes:
         """Return the body of the answer."""
@@ -244,11 +245,6 @@ def _problem(status: int, detail: str) -> str:
     return json.dumps({"title": HTTPStatus(status).phrase, "status": status, "detail": detail})[:-1]
 
 
-def unavailable(detail: str, *, seconds: int = 1, rejected: str = "", **members: object) -> ProblemError:
-    """Return a 503 that tells the caller when to come back (RFC 9110, 10.2.3)."""
-    return ProblemError(503, detail, f"Retry-After: {seconds}\r\n", rejected=rejected, **members)
-
-
 # ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
 # A `Connection` makes one for each whole request and calls `parse_request`. `do_GET` is a coroutine that awaits nothing
 # but the store's `Get` and `Query`; `resume` steps it, once at the beginning and once for each result.
@@ -256,6 +252,7 @@ def unavailable(detail: str, *, seconds: int = 1, rejected: str = "", **members:
 JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+json", "text/html; charset=utf-8"
 CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # as a page a picture may run nothing
 ALLOW, REPLICA, MAX_KEY_BYTES = "Allow: GET, HEAD, OPTIONS\r\n", "X-Couchbase-Replica: true\r\n", 246
+_FIELDS_BY_STATUS = {401: "WWW-Authenticate: Bearer\r\n", 405: ALLOW, 503: "Retry-After: 1\r\n"}  # of problems
 _REJECTED = {**dict.fromkeys((400, 417, 501, 505), "malformed"), 414: "too_large", 431: "too_large", 408: "too_slow"}
 QUIET_ROUTES = frozenset(("/healthz", "/readyz", "/metrics"))  # logged at debug: probes and scrapes come by the second
 # Cache-Control of what is no problem, by route; that of documents is in `send`.
@@ -298,7 +295,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         if isinstance(request, ProblemError):
             self.send_problem(request)
         elif method is None:
-            self.send_problem(ProblemError(405, f"{self.command} is not supported", ALLOW))
+            self.send_problem(ProblemError(405, f"{self.command} is not supported"))
         elif self.connection.framer.refused:  # of a request with a body the head is the last thing that is read
             self.send_problem(ProblemError(413, "a request has no body here", rejected="too_large"))
         else:
@@ -354,7 +351,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.send(200, b'{"status": "alive"}', JSON_TYPE)
         elif path == "/readyz":
             if reasons := self.server.unready_reasons():
-                raise unavailable("not ready", reasons=reasons)
+                raise ProblemError(503, "not ready", reasons=reasons)
             ready = {"status": "ready", "breakers": self.server.store.health.breaker_states()}
             self.send(200, json.dumps(ready).encode(), JSON_TYPE)
         elif path == "/openapi.json":
@@ -378,7 +375,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         """Check the caller's token: 401, or 503 while the service's own is not known yet."""
         tokens = self.server.store.tokens
         if not tokens.current:
-            raise unavailable("not ready yet", rejected="not_ready")
+            raise ProblemError(503, "not ready yet", rejected="not_ready")
         token, given = self.headers.get("x-access-token"), self.headers.get("authorization")
         if given is not None:
             if hmac.compare_digest(given.encode("latin-1", "replace"), tokens.usual):
@@ -387,7 +384,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             token = credentials.strip(" ") if scheme.lower() == "bearer" else token  # another is for a proxy, say
         if token is None or not tokens.accepts(token, self.started):
             self.server.metrics.numbers["auth_failures_total",] += 1
-            raise ProblemError(401, "a valid bearer token is required", "WWW-Authenticate: Bearer\r\n")
+            raise ProblemError(401, "a valid bearer token is required")
 
     def stored(self, collection: str, parameter: str) -> Get:
         """Return what to await for the document `{collection}:{parameter}`; 400 for an id that no key can hold."""
@@ -588,9 +585,9 @@ class ProfileStore:
             return documents
         for key in outages:
             health.failed(key, done)
-        # of a replica also what is not there: the node that would know is down
-        problems = {key: unavailable(_OUT_OF_REACH) if replica else self.problem(errors[key], "get") for key in errors}
-        return {**documents, **problems}
+        if replica:  # also for what is not there: the node that would know is down
+            return documents | dict.fromkeys(errors, ProblemError(503, _OUT_OF_REACH))
+        return documents | {key: self.problem(error, "get") for key, error in errors.items()}
 
     def problem(self, error: Exception, operation: str) -> ProblemError:
         """Say what a failure of the SDK means to the caller, and tell the operator what to do about it."""
@@ -598,8 +595,7 @@ class ProfileStore:
         if failure.status != HTTPStatus.NOT_FOUND:
             level, advice = ("error", {"advice": failure.advice}) if failure.advice else ("warning", {})
             self._log.event(level, "couchbase failure", operation=operation, error=describe(error), **advice)
-        again = failure.status == HTTPStatus.SERVICE_UNAVAILABLE
-        return unavailable(failure.detail) if again else ProblemError(failure.status, failure.detail)
+        return ProblemError(failure.status, failure.detail)
 
 
 # ── The server ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1129,7 +1125,7 @@ class Connection(asyncio.Protocol):
         if self.state == self.READING and self.framer.partial:
             self._answer(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
         elif self.state == self.EXCESS:
-            self._answer(unavailable("too many connections", rejected="overloaded"))
+            self._answer(ProblemError(503, "too many connections", rejected="overloaded"))
         else:
             self.abort()
 
@@ -1405,7 +1401,7 @@ class Pool:
                 _thread.start_new_thread(self._work, (jobs, asyncio.get_running_loop()))
             except RuntimeError as error:
                 self._log.seldom("error", "no thread can be started", error=describe(error))
-                return job.finish(unavailable("overloaded: no thread can be started", rejected="overloaded"))
+                return job.finish(ProblemError(503, "overloaded: no thread can be started", rejected="overloaded"))
         self.free -= 1
         return jobs.put(job)
 
@@ -1540,7 +1536,7 @@ class Loader:
         """Have a document or rows fetched, unless too many queries wait."""
         if isinstance(awaited, Query):
             if len(self.waiting_queries) >= self.most_queries:
-                return awaited.finish(unavailable("overloaded: too many queries wait", rejected="overloaded"))
+                return awaited.finish(ProblemError(503, "overloaded: too many queries wait", rejected="overloaded"))
             self.waiting_queries.append(awaited)
         elif isinstance(awaited, Get):
             waiting = self.waiting.setdefault((awaited.collection, awaited.replica), {})
@@ -1553,7 +1549,7 @@ class Loader:
         """Refuse or answer those for whom what they wait for may not come."""
         waiting = self.waiting_queries
         while waiting and now - waiting[0].handler.started > self.query_wait_seconds:
-            waiting.popleft().finish(unavailable("overloaded: no query thread is free", rejected="overloaded"))
+            waiting.popleft().finish(ProblemError(503, "overloaded: no query thread is free", rejected="overloaded"))
         latest = now - self.store.database.query_timeout_seconds - self.grace_seconds
         for query in [query for query in self.running if query.handler.started < latest]:
             # The SDK (4.3 to 4.6) never gives it back when the server has forgotten a prepared statement (4040): it
@@ -1594,7 +1590,7 @@ class Loader:
         late = {key: waiting.pop(key) for key in keys}
         if not waiting:
             del self.waiting[name]
-        Batch(late, now).finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
+        Batch(late, now).finish(ProblemError(503, "overloaded: no thread is free", rejected="overloaded"))
 
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free (else batches grow); collections take turns."""
@@ -1848,7 +1844,7 @@ class Breaker:
     def admit(self, now: float) -> None:
         """Raise a 503 unless a call may be made at `now`."""
         if not self.allow(now):
-            raise unavailable(_OUT_OF_REACH, seconds=self.retry_after_seconds(now))
+            raise ProblemError(503, _OUT_OF_REACH, f"Retry-After: {self.retry_after_seconds(now)}\r\n")
 
     def succeeded(self, started: float) -> None:
         """Take note that a call made at `started` was answered."""
@@ -2381,7 +2377,7 @@ _EXAMPLES: dict[str, _JSON] = {
         "phone": "+1-285-555-0143", "date_of_birth": "1959-12-01"},
     "PictureRecord": {"record_id": 1, "type": "png", "image":
         "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="},
-    "Problem": json.loads(unavailable("not ready", reasons=["draining"]).document("3f9c2a-1d"))}
+    "Problem": json.loads(ProblemError(503, "not ready", reasons=["draining"]).document("3f9c2a-1d"))}
 _ALWAYS = ("record_id", "title", "status", "detail", "request_id")  # members that no object lacks
 _MEMBERS: dict[str, _JSON] = {  # what their types do not say
     "picture": {"description": "the id of a picture"}, "date_of_birth": {"format": "date"},
