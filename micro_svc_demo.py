@@ -246,8 +246,8 @@ def _problem(status: int, detail: str) -> str:
 
 
 # ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
-# A `Connection` makes one for each whole request and calls `parse_request`. `do_GET` is a coroutine that awaits nothing
-# but the store's `Get` and `Query`; `resume` steps it, once at the beginning and once for each result.
+# A `Connection` makes one for each whole request. `do_GET` is a coroutine that awaits nothing but the store's `Get` and
+# `Query`; `resume` steps it, once at the beginning and once for each result, and answers problems.
 
 JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+json", "text/html; charset=utf-8"
 CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # as a page a picture may run nothing
@@ -274,14 +274,10 @@ class ProfileHandler(BaseHTTPRequestHandler):
 
     def __init__(self, request: Head | ProblemError, connection: Connection, server: ProfileServer) -> None:
         """Take a request head, or why the bytes received are not one; the base class would read from a socket."""
-        self.request, self.connection, self.server = request, connection, server
+        self.connection, self.server = connection, server
         self.client, self.started = connection.address, time.monotonic()
         self.response, self.status, self.seconds, self.queue_seconds = b"", 0, 0.0, 0.0
         self.operation: Operation | None = None  # the last one of Couchbase that was awaited
-
-    def parse_request(self) -> bool:
-        """Take over what `parse_head` found, and begin to answer; return whether the answer is there already."""
-        request = self.request
         if not isinstance(request, ProblemError):
             self.command, self.path, self.request_version, self.headers = request
             self.close_connection = self.request_version == "HTTP/1.0"
@@ -293,18 +289,16 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.request_id = f"{self.server.request_prefix}-{next(self.server.request_numbers):x}"
         method = getattr(self, "do_" + self.command, None)
         if isinstance(request, ProblemError):
-            self.send_problem(request)
+            self._steps = self._refuse(request)
         elif method is None:
-            self.send_problem(ProblemError(405, f"{self.command} is not supported"))
-        elif self.connection.framer.refused:  # of a request with a body the head is the last thing that is read
-            self.send_problem(ProblemError(413, "a request has no body here", rejected="too_large"))
+            self._steps = self._refuse(ProblemError(405, f"{self.command} is not supported"))
+        elif connection.framer.refused:  # of a request with a body the head is the last thing that is read
+            self._steps = self._refuse(ProblemError(413, "a request has no body here", rejected="too_large"))
         else:
             self._steps = method()
-            return self.resume(None)
-        return True
 
-    def resume(self, outcome: Document | list[bytes] | Exception | None) -> bool:
-        """Go on with what the last await returns, or raises; return whether the answer is there."""
+    def resume(self, outcome: Document | list[bytes] | Exception | None = None) -> bool:
+        """Begin, or go on with what the last await returns, or raises; return whether the answer is there."""
         try:
             awaited = self._steps.throw(outcome) if isinstance(outcome, Exception) else self._steps.send(outcome)
             awaited.handler = self
@@ -312,13 +306,19 @@ class ProfileHandler(BaseHTTPRequestHandler):
             return False
         except StopIteration:
             return True
-        except ProblemError as problem:
-            self.send_problem(problem)
-            problem.__traceback__ = None  # it leads to this frame, which has the problem
+        except ProblemError as error:
+            problem = error
         except Exception as error:
             self.server.log.event("error", "unexpected failure", route=self.route, error=describe(error))
-            self.send_problem(ProblemError(500, "unexpected failure"))
+            problem = ProblemError(500, "unexpected failure")
+        if rejected := problem.rejected or ("" if self.path else _REJECTED.get(problem.status, "")):
+            self.server.metrics.numbers["http_rejected_total", rejected] += 1
+        self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, problem.headers)
+        problem.__traceback__ = None  # it leads to this frame, which has the problem
         return True
+
+    async def _refuse(self, problem: ProblemError) -> None:
+        raise problem
 
     async def do_GET(self) -> None:
         """Answer by route; callers are applications (`/api/`), Kubernetes (probes) and Prometheus (`/metrics`)."""
@@ -406,12 +406,6 @@ class ProfileHandler(BaseHTTPRequestHandler):
         if len(rows) > limit and offset + limit <= MAX_OFFSET:
             link = f'Link: <{route}/{quote(value, safe="")}?limit={limit}&offset={offset + limit}>; rel="next"\r\n'
         self.send(200, b"[%b]" % b",".join(rows[:limit]), JSON_TYPE, None, link)
-
-    def send_problem(self, problem: ProblemError) -> None:
-        """Answer with a problem document."""
-        if rejected := problem.rejected or ("" if self.path else _REJECTED.get(problem.status, "")):
-            self.server.metrics.numbers["http_rejected_total", rejected] += 1
-        self.send(problem.status, problem.document(self.request_id), PROBLEM_TYPE, None, problem.headers)
 
     def send(self, status: int, body: bytes, content_type: str, cas: int | None = None, headers: str = "") -> None:
         """Put the whole answer together; a 304 or 412 by `cas`, of which the ETag is made (RFC 9110, 13.2.2)."""
@@ -1153,7 +1147,7 @@ class Connection(asyncio.Protocol):
         if isinstance(request, ProblemError):
             self.framer.refuse()
         handler = ProfileHandler(request, self, self.server)
-        if handler.parse_request():
+        if handler.resume():
             self.reply(handler)
 
     def reply(self, handler: ProfileHandler) -> None:
