@@ -284,9 +284,8 @@ class ProfileHandler(BaseHTTPRequestHandler):
             if "connection" in self.headers:
                 named = {option.strip().lower() for option in self.headers["connection"].split(",")}
                 self.close_connection = "close" in named or (self.close_connection and "keep-alive" not in named)
-        self.request_id = self.headers.get("x-request-id", "")
-        if not self.request_id or not _SANE_REQUEST_ID.fullmatch(self.request_id):
-            self.request_id = f"{self.server.request_prefix}-{next(self.server.request_numbers):x}"
+        given = self.headers.get("x-request-id", "")
+        self.request_id = given if given and _SANE_REQUEST_ID.fullmatch(given) else next(server.request_ids)
         method = getattr(self, "do_" + self.command, None)
         if isinstance(request, ProblemError):
             self._steps = self._refuse(request)
@@ -605,8 +604,7 @@ class ProfileServer(ThreadingHTTPServer):
         self.pictures = Pictures()
         self.tracer: Any = None
         self.processor: Processor | None = None
-        self.request_prefix = os.urandom(6).hex()  # with a number behind it, a request id that no other process makes
-        self.request_numbers = itertools.count(1)
+        self.request_ids = map(f"{os.urandom(6).hex()}-{{:x}}".format, itertools.count(1))  # made by no other process
         self.connections: set[Connection] = set()
         self.idle_seconds, timeout = settings.idle_seconds, f"Keep-Alive: timeout={settings.idle_seconds}\r\n"
         self.kept = {"HTTP/1.1": timeout, "HTTP/1.0": f"Connection: keep-alive\r\n{timeout}"}  # fields, by version
