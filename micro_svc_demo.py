@@ -640,8 +640,9 @@ class ProfileServer(ThreadingHTTPServer):
         loop.set_exception_handler(self._report)
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self.shutdown)
+        admit = functools.partial(TlsConnection if self.tls else Connection, self)
         # asyncio accepts `backlog` clients at a time, and as often fails where no descriptor is left
-        listening = await loop.create_server(self._admit, sock=self.socket, backlog=8)
+        listening = await loop.create_server(admit, sock=self.socket, backlog=8)
         self.socket.listen(self.request_queue_size)
         if self.metrics_socket:
             await loop.create_server(lambda: Connection(self, internal=True), sock=self.metrics_socket, backlog=8)
@@ -662,7 +663,7 @@ class ProfileServer(ThreadingHTTPServer):
                 admitted.append(self.socket.accept()[0])  # whoever the kernel has already let in
         listening.close()  # before anyone is told to close: who then comes back must not find this one
         for client in admitted:
-            await loop.connect_accepted_socket(self._admit, client)
+            await loop.connect_accepted_socket(admit, client)
         self.draining = True
         self.tell_ready()
         while self.clients and time.monotonic() < started + self.settings.shutdown_seconds:
@@ -677,10 +678,6 @@ class ProfileServer(ThreadingHTTPServer):
             signal.signal(number, signal.SIG_IGN)
         for connection in self.connections:
             connection.abort()
-
-    def _admit(self) -> Connection:
-        """Return the protocol of a new client of the API."""
-        return TlsConnection(self) if self.tls else Connection(self)
 
     def renew_certificate(self) -> None:
         """Take a certificate that is new for new clients; SettingsError: its files are no use."""
