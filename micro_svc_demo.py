@@ -377,7 +377,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             raise ProblemError(503, "not ready yet", rejected="not_ready")
         token, given = self.headers.get("x-access-token"), self.headers.get("authorization")
         if given is not None:
-            if hmac.compare_digest(given.encode("latin-1", "replace"), tokens.usual):
+            if hmac.compare_digest(given.encode("latin-1", "replace"), b"Bearer " + tokens.current):
                 return
             scheme, _, credentials = given.partition(" ")
             token = credentials.strip(" ") if scheme.lower() == "bearer" else token  # another is for a proxy, say
@@ -1996,23 +1996,19 @@ class Tokens:
     def __init__(self, period_seconds: float) -> None:
         self.period_seconds = period_seconds
         self.current: bytes | None = None  # None: none has been read yet
-        self.usual, self._previous, self._previous_until = b"", b"", 0.0  # usual: the field that most callers show
+        self._previous, self._previous_until = b"", 0.0
 
     def adopt(self, token: str, now: float) -> bool:
         """Take the token as read at `now` (monotonic seconds); tell whether it is a new one."""
-        fresh = token.encode()
-        if fresh == self.current:
-            return False
-        self.current, self._previous, self._previous_until = fresh, self.current or b"", now + self.period_seconds
-        self.usual = b"Bearer " + fresh
-        return True
+        fresh, before = token.encode(), self.current
+        if fresh != before:
+            self.current, self._previous, self._previous_until = fresh, before or b"", now + self.period_seconds
+        return fresh != before
 
     def accepts(self, given: str, now: float) -> bool:
         """Compare in constant time. A token that no header can carry (not latin-1) is simply wrong."""
-        shown = given.encode("latin-1", "replace")
-        if self._previous and now < self._previous_until and hmac.compare_digest(shown, self._previous):
-            return True
-        return self.current is not None and hmac.compare_digest(shown, self.current)
+        shown, previous = given.encode("latin-1", "replace"), self._previous if now < self._previous_until else b""
+        return any(hmac.compare_digest(shown, token) for token in (self.current, previous) if token)
 
 
 class Pictures:
