@@ -375,13 +375,12 @@ class ProfileHandler(BaseHTTPRequestHandler):
         tokens = self.server.store.tokens
         if not tokens.current:
             raise ProblemError(503, "not ready yet", rejected="not_ready")
-        token, given = self.headers.get("x-access-token"), self.headers.get("authorization")
-        if given is not None:
-            if hmac.compare_digest(given.encode("latin-1", "replace"), b"Bearer " + tokens.current):
-                return
-            scheme, _, credentials = given.partition(" ")
-            token = credentials.strip(" ") if scheme.lower() == "bearer" else token  # another is for a proxy, say
-        if token is None or not tokens.accepts(token, self.started):
+        given = self.headers.get("authorization", "")
+        if hmac.compare_digest(given.encode("latin-1", "replace"), b"Bearer " + tokens.current):  # as most do
+            return
+        scheme, _, credentials = given.partition(" ")  # another scheme is for a proxy, say
+        token = credentials.strip(" ") if scheme.lower() == "bearer" else self.headers.get("x-access-token", "")
+        if not tokens.accepts(token, self.started):
             self.server.metrics.numbers["auth_failures_total",] += 1
             raise ProblemError(401, "a valid bearer token is required")
 
