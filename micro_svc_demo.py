@@ -264,13 +264,10 @@ _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" fo
 class ProfileHandler(BaseHTTPRequestHandler):
     """Answers one request: a request head in, whole answer bytes out, no socket in between."""
 
-    # What a request that is none has not, as class attributes.
     server: ProfileServer
-    headers: Mapping[str, str] = {}  # type: ignore[assignment]  # the base has others
-    command = path = query = route = ""
-    request_version, close_connection = "HTTP/1.1", True
+    headers: Mapping[str, str]  # type: ignore[assignment]  # the base has others
+    query = route = ""
     cut_off = ""  # for the log, of an answer of which `response` has only what was sent
-    _steps: Coroutine[Awaited, Any, None]
 
     def __init__(self, request: Head | ProblemError, connection: Connection, server: ProfileServer) -> None:
         """Take a request head, or why the bytes received are not one; the base class would read from a socket."""
@@ -278,17 +275,17 @@ class ProfileHandler(BaseHTTPRequestHandler):
         self.client, self.started = connection.address, time.monotonic()
         self.response, self.status, self.seconds, self.queue_seconds = b"", 0, 0.0, 0.0
         self.operation: Operation | None = None  # the last one of Couchbase that was awaited
-        if not isinstance(request, ProblemError):
-            self.command, self.path, self.request_version, self.headers = request
-            self.close_connection = self.request_version == "HTTP/1.0"
-            if "connection" in self.headers:
-                named = {option.strip().lower() for option in self.headers["connection"].split(",")}
-                self.close_connection = "close" in named or (self.close_connection and "keep-alive" not in named)
+        head = Head("", "", "HTTP/1.1", {}) if isinstance(request, ProblemError) else request
+        self.command, self.path, self.request_version, self.headers = head
+        self.close_connection = self.request_version == "HTTP/1.0"
+        if "connection" in self.headers:
+            named = {option.strip().lower() for option in self.headers["connection"].split(",")}
+            self.close_connection = "close" in named or (self.close_connection and "keep-alive" not in named)
         given = self.headers.get("x-request-id", "")
         self.request_id = given if given and _SANE_REQUEST_ID.fullmatch(given) else next(server.request_ids)
         method = getattr(self, "do_" + self.command, None)
         if isinstance(request, ProblemError):
-            self._steps = self._refuse(request)
+            self._steps: Coroutine[Awaited, Any, None] = self._refuse(request)
         elif method is None:
             self._steps = self._refuse(ProblemError(405, f"{self.command} is not supported"))
         elif connection.framer.refused:  # of a request with a body the head is the last thing that is read
