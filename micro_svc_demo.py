@@ -642,7 +642,7 @@ class ProfileServer(ThreadingHTTPServer):
         self.socket.listen(self.request_queue_size)
         if self.metrics_socket:
             await loop.create_server(lambda: Connection(self, internal=True), sock=self.metrics_socket, backlog=8)
-        keeper = loop.create_task(self._keep_ready())
+        self._keeper = loop.create_task(self._keep_ready())  # the loop itself would forget it; its end cancels it
         while not self._stopping.is_set():
             self.service_actions()
             self.store.loader.singles.shrink()
@@ -668,7 +668,6 @@ class ProfileServer(ThreadingHTTPServer):
                     connection.deadline = min(connection.deadline, started + 1.0)  # for one more request
             self.service_actions()
             await asyncio.sleep(0.02)
-        keeper.cancel()
         for number in STOP_SIGNALS:  # a second one must not kill what is about to end with its own exit code
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
