@@ -283,15 +283,8 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.close_connection = "close" in named or (self.close_connection and "keep-alive" not in named)
         given = self.headers.get("x-request-id", "")
         self.request_id = given if given and _SANE_REQUEST_ID.fullmatch(given) else next(server.request_ids)
-        method = getattr(self, "do_" + self.command, None)
-        if isinstance(request, ProblemError):
-            self._steps: Coroutine[Awaited, Any, None] = self._refuse(request)
-        elif method is None:
-            self._steps = self._refuse(ProblemError(405, f"{self.command} is not supported"))
-        elif connection.framer.refused:  # of a request with a body the head is the last thing that is read
-            self._steps = self._refuse(ProblemError(413, "a request has no body here", rejected="too_large"))
-        else:
-            self._steps = method()
+        method = None if connection.framer.refused else getattr(self, "do_" + self.command, None)
+        self._steps: Coroutine[Awaited, Any, None] = method() if method else self._refuse(request)
 
     def resume(self, outcome: Document | list[bytes] | Exception | None = None) -> bool:
         """Begin, or go on with what the last await returns, or raises; return whether the answer is there."""
@@ -313,8 +306,13 @@ class ProfileHandler(BaseHTTPRequestHandler):
         problem.__traceback__ = None  # it leads to this frame, which has the problem
         return True
 
-    async def _refuse(self, problem: ProblemError) -> None:
-        raise problem
+    async def _refuse(self, request: Head | ProblemError) -> None:
+        if isinstance(request, ProblemError):
+            raise request
+        if not hasattr(self, "do_" + self.command):
+            raise ProblemError(405, f"{self.command} is not supported")
+        # of a request with a body the head is the last thing that is read
+        raise ProblemError(413, "a request has no body here", rejected="too_large")
 
     async def do_GET(self) -> None:
         """Answer by route; callers are applications (`/api/`), Kubernetes (probes) and Prometheus (`/metrics`)."""
