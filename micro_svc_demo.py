@@ -65,7 +65,6 @@ from couchbase import options as cbo
 from couchbase.auth import PasswordAuthenticator
 from couchbase.cluster import Cluster
 from couchbase.n1ql import QueryScanConsistency as Consistency
-from couchbase.serializer import Serializer
 from couchbase.subdocument import get as path_get
 from couchbase.transcoder import RawJSONTranscoder
 
@@ -1614,16 +1613,11 @@ class Loader:
 
 # ── Couchbase: what other threads do ──────────────────────────────────────────────────────────────────────────────────
 # The pools' threads, and the two of `Health`, make these calls; nothing here knows of requests or of the event loop.
-class _RowBytes(Serializer):  # type: ignore[misc]  # the SDK's class is untyped
-    """Passes query rows through as the bytes they came in; the SDK serializes nothing by it."""
-
-    serialize = deserialize = bytes
-
-
-class _DocumentBytes(RawJSONTranscoder):  # type: ignore[misc]
-    """Passes documents through as the bytes they are stored as: those count, not what their flags say."""
+class _AsBytes(RawJSONTranscoder):  # type: ignore[misc]  # the SDK's class is untyped
+    """Passes documents and query rows through as the bytes they are: those count, not what a document's flags say."""
 
     decode_value = staticmethod(lambda value, _flags: value)
+    serialize = deserialize = bytes  # of rows; the SDK serializes nothing by it
 
 
 def is_object(value: bytes) -> bool:
@@ -1644,7 +1638,7 @@ class Database:
         self._collections: dict[str, Any] = {}
         self.timeout_seconds = settings.couchbase_timeout_ms / 1000
         self.query_timeout_seconds = settings.couchbase_query_timeout_ms / 1000
-        self._query_options = dict(read_only=True, scan_consistency=Consistency.NOT_BOUNDED, serializer=_RowBytes())
+        self._query_options = dict(read_only=True, scan_consistency=Consistency.NOT_BOUNDED, serializer=_AsBytes())
 
     def fetch(self, collection: str, keys: list[str], seconds: float = 0.0, *, replica: bool = False) -> Fetched:
         """Get documents by one hand-over to the SDK (0 `seconds` spare a time-out's cost), or one's replica."""
@@ -1749,7 +1743,7 @@ def open_cluster(settings: Settings) -> Any:
     kv, management = timedelta(milliseconds=settings.couchbase_timeout_ms), timedelta(seconds=5)
     timeouts = cbo.ClusterTimeoutOptions(kv_timeout=kv, management_timeout=management)  # each query has its own
     options: dict[str, Any] = {"enable_tracing": False, "enable_metrics": False, "enable_app_telemetry": False}
-    options |= {"network": settings.couchbase_network, "transcoder": _DocumentBytes(), "timeout_options": timeouts}
+    options |= {"network": settings.couchbase_network, "transcoder": _AsBytes(), "timeout_options": timeouts}
     options |= {} if settings.couchbase_tls_verify else {"tls_verify": cbo.TLSVerifyMode.NONE}
     return Cluster.connect(settings.connection_string, cbo.ClusterOptions(user, **options))
 
