@@ -64,7 +64,6 @@ from couchbase import exceptions as cb
 from couchbase import options as cbo
 from couchbase.auth import PasswordAuthenticator
 from couchbase.cluster import Cluster
-from couchbase.n1ql import QueryScanConsistency as Consistency
 from couchbase.subdocument import get as path_get
 from couchbase.transcoder import RawJSONTranscoder
 
@@ -1638,7 +1637,6 @@ class Database:
         self._collections: dict[str, Any] = {}
         self.timeout_seconds = settings.couchbase_timeout_ms / 1000
         self.query_timeout_seconds = settings.couchbase_query_timeout_ms / 1000
-        self._query_options = dict(read_only=True, scan_consistency=Consistency.NOT_BOUNDED, serializer=_AsBytes())
 
     def fetch(self, collection: str, keys: list[str], seconds: float = 0.0, *, replica: bool = False) -> Fetched:
         """Get documents by one hand-over to the SDK (0 `seconds` spare a time-out's cost), or one's replica."""
@@ -1666,9 +1664,9 @@ class Database:
 
     def run_query(self, statement: str, parameters: dict[str, object], seconds: float, *, adhoc: bool) -> list[bytes]:
         """Return a read-only statement's rows as raw JSON; `adhoc` leaves it unprepared; raises what the SDK raises."""
+        options = dict(read_only=True, serializer=_AsBytes(), adhoc=adhoc, named_parameters=parameters)
         timeout = timedelta(seconds=max(0.01, seconds))
-        options = cbo.QueryOptions(named_parameters=parameters, timeout=timeout, adhoc=adhoc, **self._query_options)
-        return list(self._scope.query(statement, options))
+        return list(self._scope.query(statement, cbo.QueryOptions(timeout=timeout, **options)))
 
     def fetch_token(self) -> str:
         """Return the service's token; NoTokenError if it answers that there is none, else what the SDK raises."""
