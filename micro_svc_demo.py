@@ -2042,11 +2042,10 @@ class Log:
             os.fstat(descriptor)
         except OSError:  # closed: what is opened next would get its number, a client's socket too
             self._descriptor = os.open(os.devnull, os.O_WRONLY)
-        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._put_bytes = self._written_bytes = 0  # each is changed by one thread only
         self._said: dict[str, float] = {}  # by `seldom`, and when, in monotonic seconds
-        self._writer = threading.Thread(target=self._write_all, daemon=True)
-        self._writer.start()
+        threading.Thread(target=self._write_all, daemon=True).start()
 
     def event(self, level: str, message: str, **details: object) -> None:
         """Write one event; `details` become members. Values are escaped by JSON, so none can forge a line."""
@@ -2095,25 +2094,23 @@ class Log:
             self._lines.put(data)
 
     def _write_all(self) -> None:
-        """Write what comes until None does, in the log's thread; a closed output stops nobody."""
+        """Write what comes, in the log's thread; a closed output stops nobody."""
         while True:
             # all that is there, `block` being True: by `map`, as a generator would be a frame for each
-            chunks = [self._lines.get(), *map(self._lines.get, [True] * self._lines.qsize())]
-            data = left = b"".join(filter(None, chunks))
+            data = left = b"".join([self._lines.get(), *map(self._lines.get, [True] * self._lines.qsize())])
             with contextlib.suppress(OSError):
                 while left:
                     select.select([], [self._descriptor], [], 1.0)  # somebody else may have made it non-blocking
                     with contextlib.suppress(BlockingIOError):
                         left = left[os.write(self._descriptor, left) :]
             self._written_bytes += len(data)
-            if None in chunks:
-                return
             time.sleep(self.gather_seconds)
 
     def close(self, seconds: float = 1.0) -> None:
-        """Write what waits, for so long at most."""
-        self._lines.put(None)
-        self._writer.join(seconds)
+        """Wait until all is written, for so long at most."""
+        latest = time.monotonic() + seconds
+        while self._written_bytes < self._put_bytes and time.monotonic() < latest:
+            time.sleep(self.gather_seconds)
 
 
 def describe(error: BaseException) -> str:
