@@ -2029,8 +2029,7 @@ class Log:
     """JSON lines on standard output: one an event, one an answered request."""
 
     LEVELS = ("debug", "info", "warning", "error")
-    bound_bytes = 2 << 20  # of lines that wait to be written; then those of requests are dropped
-    event_bytes = 1 << 18  # more, for those of events
+    bound_bytes = 2 << 20  # of lines that wait to be written; then those of requests are dropped, at twice that events'
     gather_seconds = 0.01  # between two writes, so that the thread wakes up a hundred times a second at most
 
     def __init__(self, level: str = "info", *, access: bool = True, descriptor: int = 1) -> None:
@@ -2049,7 +2048,7 @@ class Log:
 
     def event(self, level: str, message: str, **details: object) -> None:
         """Write one event; `details` become members. Values are escaped by JSON, so none can forge a line."""
-        if level in self._levels and self._put_bytes - self._written_bytes > self.bound_bytes + self.event_bytes:
+        if level in self._levels and self._put_bytes - self._written_bytes > 2 * self.bound_bytes:
             self.dropped += 1
         elif level in self._levels:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
