@@ -49,7 +49,7 @@ import sys
 import threading
 import time
 import zlib
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -2169,10 +2169,8 @@ class Metrics:
     """The numbers of this process: counters and gauges by key, histograms as a list of buckets with the sum behind."""
 
     def __init__(self) -> None:
-        rows = FAMILIES.items()
-        keys = [(key, kind) for name, (kind, _, labels) in rows for key in itertools.product([name], *labels.values())]
-        self.numbers: dict[tuple[object, ...], float] = {key: 0 for key, kind in keys if kind != "histogram"}
-        self._histograms = {key: [0.0] * (len(BUCKETS) + 2) for key, kind in keys if kind == "histogram"}
+        self.numbers = defaultdict[tuple[object, ...], float](float)  # by the family's name and its labels' values
+        self._histograms = defaultdict[tuple[object, ...], list[float]](lambda: [0.0] * (len(BUCKETS) + 2))
         self.finished: list[Operation] = []  # counted with the answers, which must not wait for that
         self.numbers |= {("build_info", __version__): 1, ("process_start_time_seconds",): time.time()}
 
@@ -2204,20 +2202,19 @@ class Metrics:
             with open("/proc/self/statm", encoding="ascii") as file:
                 self.numbers["process_resident_memory_bytes",] = int(file.read().split()[1]) * resource.getpagesize()
             self.numbers["process_open_fds",] = len(os.listdir("/proc/self/fd"))
-        lines, bounds = [], [f'le="{bound}"' for bound in (*BUCKETS, "+Inf")]
+        lines, bounds = [], [*BUCKETS, "+Inf"]
         for name, (kind, meaning, values) in FAMILIES.items():
             lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
             for key in itertools.product([name], *values.values()):
-                labels = [f'{label}="{value}"' for label, value in zip(values, key[1:], strict=True)]
-                braces = f"{{{','.join(labels)}}}" if labels else ""
-                if kind == "histogram":
+                labels = "".join(f'{label}="{value}",' for label, value in zip(values, key[1:], strict=True))
+                braces = f"{{{labels[:-1]}}}" if labels else ""
+                if key in self._histograms:
                     *buckets, total = self._histograms[key]
                     counts = list(itertools.accumulate(map(int, buckets)))
-                    if counts[-1] or not labels:
-                        for bound, count in zip(bounds, counts, strict=True):
-                            lines.append(f"{name}_bucket{{{','.join([*labels, bound])}}} {count}")
-                        lines += [f"{name}_sum{braces} {total}", f"{name}_count{braces} {counts[-1]}"]
-                elif self.numbers[key] or name not in _ABSENT:
+                    for bound, count in zip(bounds, counts, strict=True):
+                        lines.append(f'{name}_bucket{{{labels}le="{bound}"}} {count}')
+                    lines += [f"{name}_sum{braces} {total}", f"{name}_count{braces} {counts[-1]}"]
+                elif kind != "histogram" and (self.numbers[key] or name not in _ABSENT):
                     lines.append(f"{name}{braces} {self.numbers[key]:.17g}")
         return "\n".join([*lines, ""]).encode()
 
