@@ -601,7 +601,7 @@ class ProfileServer(ThreadingHTTPServer):
         self.idle_seconds, timeout = settings.idle_seconds, f"Keep-Alive: timeout={settings.idle_seconds}\r\n"
         self.kept = {"HTTP/1.1": timeout, "HTTP/1.0": f"Connection: keep-alive\r\n{timeout}"}  # fields, by version
         self.draining = self._is_ready = False
-        self.date = http_date(int(time.time()))  # kept by `EndOfTurn`
+        self.date = http_date(time.time())  # kept by `service_actions`, as to make one takes long
         self.clients, self.failure = 0, ""  # connections but those of the metrics port; what waiting cannot cure
         self.answered: list[ProfileHandler] = []  # in this turn, sent or cut off: still to be counted and logged
         self._stopping = asyncio.Event()
@@ -684,8 +684,8 @@ class ProfileServer(ThreadingHTTPServer):
                 self.log.event("info", "certificate renewed", **self.certificate)
 
     def service_actions(self) -> None:
-        """Keep the connections' deadlines."""
-        now = time.monotonic()
+        """Keep the answers' date, and the connections' deadlines."""
+        now, self.date = time.monotonic(), http_date(time.time())
         for connection in self.store.loader.writing:
             if (unsent := connection.transport.get_write_buffer_size()) < connection.unsent:
                 connection.unsent, connection.deadline = unsent, now + connection.write_seconds
@@ -1015,9 +1015,7 @@ class EndOfTurn(selectors.DefaultSelector):
                 server.log.requests(handlers)
             for handler in handlers if server.tracer else ():
                 record_spans(server.tracer, handler)
-        events = super().select(timeout)
-        server.date = http_date(int(time.time()))
-        return events
+        return super().select(timeout)
 
 
 class Connection(asyncio.Protocol):
@@ -2018,8 +2016,7 @@ class Pictures:
 
 # ── Log ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The event loop makes the lines and never waits: a thread of the log's own writes them, whatever standard output is.
-# A second of the epoch as an IMF-fixdate (RFC 9110, 5.6.7); made once a second, as that takes long.
-http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))
+http_date = functools.partial(formatdate, usegmt=True)  # of seconds of the epoch: an IMF-fixdate (RFC 9110, 5.6.7)
 
 MAX_LINE_BYTES, CUT_OFF = 2048, ', "cut_off": true'
 _TELLING = ("first_error_code", "first_error_message", "http_status", "last_dispatched_to", "retry_reasons")
