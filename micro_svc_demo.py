@@ -668,7 +668,7 @@ class ProfileServer(ThreadingHTTPServer):
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
         for connection in self.connections:
-            connection.abort()
+            connection.close()
 
     def renew_certificate(self) -> None:
         """Take a certificate that is new for new clients; SettingsError: its files are no use."""
@@ -1075,13 +1075,11 @@ class Connection(asyncio.Protocol):
                 self.transport.pause_reading()
 
     def eof_received(self) -> bool:
-        """Take note of the client's end; return whether it may still get answers (half-closed)."""
+        """Take note of the client's end: answers under way it still gets (half-closed)."""
         self.ended = True
-        if self.state == self.EXCESS:
+        if self.state not in {self.ANSWERING, self.WRITING}:
             self.expire()
-        if self.state == self.READING and self.framer.partial:
-            self._answer(ProblemError(400, "the request ended before it was whole"))
-        return self.state in {self.ANSWERING, self.WRITING}
+        return True  # asyncio is not to close
 
     def pause_writing(self) -> None:
         """Take note that the client does not take all of its answer at once."""
@@ -1099,18 +1097,24 @@ class Connection(asyncio.Protocol):
             self.handler = None
 
     def expire(self) -> None:
-        """End a state that has lasted long enough."""
-        if self.state == self.READING and self.framer.partial:
-            self._answer(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
-        elif self.state == self.EXCESS:
+        """End a state that has lasted long enough, or that waits for more from a client that has ended."""
+        if self.state == self.EXCESS:
             self._answer(ProblemError(503, "too many connections", rejected="overloaded"))
+        elif self.state != self.READING or not self.framer.partial:
+            self.close()
+        elif self.ended:
+            self._answer(ProblemError(400, "the request ended before it was whole"))
         else:
-            self.abort()
+            self._answer(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
 
-    def abort(self) -> None:
-        """Close at once."""
+    def close(self) -> None:
+        """Close at once; what the client has not taken by now is cut off."""
         self.unsent = self.transport.get_write_buffer_size()
-        self.transport.abort()
+        self._notify()
+        (self.transport.abort if self.unsent else self.transport.close)()
+
+    def _notify(self) -> None:
+        """Say, before TCP does, that nothing more comes: for TLS, which has a word for it."""
 
     def _next(self, data: bytes = b"") -> None:
         """Begin to answer the next request if it is whole; else wait for the rest of it, or for another."""
@@ -1121,7 +1125,7 @@ class Connection(asyncio.Protocol):
         if requests := self.framer.feed(data, 1):
             self._answer(requests[0])
         elif self.framer.partial and self.ended:
-            self.eof_received()
+            self.expire()
         elif not was_partial:
             self.deadline = time.monotonic() + (self.head_seconds if self.framer.partial else self.server.idle_seconds)
             self.transport.resume_reading()
@@ -1154,8 +1158,9 @@ class Connection(asyncio.Protocol):
         """Go on after an answer: with the next request, or close in two steps (RFC 9112, 9.6)."""
         self._written(0)
         if self.ended and (self.last or not self.framer.partial):
-            self.transport.close()
+            self.close()
         elif self.last:
+            self._notify()
             self.state, self.deadline = self.LINGERING, time.monotonic() + self.linger_seconds
             self.end_at = time.monotonic() + self.write_seconds
             with contextlib.suppress(OSError):  # the client has gone
@@ -1213,8 +1218,8 @@ class TlsConnection(Connection):
             self.transport.write(self._outgoing.read())
         if plain := b"".join(parts):
             super().data_received(plain)
-        if len(parts) > 1 and not parts[-1] and not self.eof_received():
-            self.transport.close()
+        if len(parts) > 1 and not parts[-1]:
+            self.eof_received()
         return None
 
     def encrypted(self, data: bytes) -> bytes:
@@ -1230,26 +1235,7 @@ class TlsConnection(Connection):
             self.transport.abort()
         return b"".join(parts)
 
-    def eof_received(self) -> bool:
-        """Take note of the client's end, in TLS' words or in TCP's alone."""
-        going_on = super().eof_received()
-        if not going_on:
-            self._end()
-        return going_on
-
-    def resume_writing(self) -> None:
-        """Go on after an answer, or end."""
-        if self.last or (self.ended and not self.framer.partial):
-            self._end()
-        super().resume_writing()
-
-    def abort(self) -> None:
-        """Close at once."""
-        self._end()
-        super().abort()
-
-    def _end(self) -> None:
-        """Say in TLS' own words, before TCP's, that nothing more comes."""
+    def _notify(self) -> None:
         if not self._ended:
             self._ended = True
             with contextlib.suppress(ssl.SSLError):  # the client's own word is not there yet
