@@ -1124,7 +1124,7 @@ class Connection(asyncio.Protocol):
         self.state = self.READING
         if requests := self.framer.feed(data, 1):
             self._answer(requests[0])
-        elif self.framer.partial and self.ended:
+        elif self.ended:
             self.expire()
         elif not was_partial:
             self.deadline = time.monotonic() + (self.head_seconds if self.framer.partial else self.server.idle_seconds)
@@ -1157,20 +1157,18 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """Go on after an answer: with the next request, or close in two steps (RFC 9112, 9.6)."""
         self._written(0)
-        if self.ended and (self.last or not self.framer.partial):
+        if not self.last:  # not at once, as each of a thousand pipelined requests would be a call deeper
+            self.state, self.deadline = self.ANSWERING, math.inf
+            asyncio.get_running_loop().call_soon(self._next)
+        elif self.ended:
             self.close()
-        elif self.last:
+        else:
             self._notify()
             self.state, self.deadline = self.LINGERING, time.monotonic() + self.linger_seconds
             self.end_at = time.monotonic() + self.write_seconds
             with contextlib.suppress(OSError):  # the client has gone
                 self.transport.write_eof()
             self.transport.resume_reading()
-        elif self.framer.partial:  # not at once, as each of a thousand pipelined requests would be a call deeper
-            self.state, self.deadline = self.ANSWERING, math.inf
-            asyncio.get_running_loop().call_soon(self._next)
-        else:
-            self.state, self.deadline = self.READING, time.monotonic() + self.server.idle_seconds
 
 
 # ── TLS ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
