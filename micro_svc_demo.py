@@ -814,12 +814,9 @@ MAX_TARGET_BYTES, MAX_HEAD_BYTES, MAX_FIELDS, _MOST_REMEMBERED_BYTES = 8192, 163
 _END_OF_HEAD = b"\r\n\r\n"
 _REQUEST_LINE = re.compile(r"([A-Z][A-Z0-9_-]{0,31}) ([!-\"$-~]++) (HTTP/[0-9]\.[0-9])")  # possessive: it is linear
 _NAME_TEXT = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
-_FIELD = re.compile(rf"^({_NAME_TEXT}): ?(.*)\r\n", re.MULTILINE)
+_FIELD = re.compile(rf"^({_NAME_TEXT}):([\t -~\x80-\xff]*+)\r\n", re.MULTILINE)
 # Of transfer codings: chunked is the last one, or not among them.
 _CODINGS = re.compile(rf"(?:(?!chunked[ \t,]){_NAME_TEXT}[ \t]*,[ \t]*)*{_NAME_TEXT}", re.IGNORECASE)
-# What a head may be made of between its line ends, and what must be left of it without that.
-_TEXT = bytes(byte for byte in range(256) if byte == ord("\t") or (byte >= ord(" ") and byte != 0x7F))  # noqa: PLR2004
-_LINE_ENDS = b"\r\n" * MAX_HEAD_BYTES
 _TARGET = bytes(byte for byte in range(ord("!"), 0x7F) if byte != ord("#"))  # what a target may be made of
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?", re.ASCII)
@@ -849,17 +846,15 @@ def is_authority(text: str) -> bool:
 def parse_head(raw: bytes) -> Head:
     """Parse one whole request head strictly; ProblemError: 400, 414, 417, 431 or 505, and the connection is done."""
     line, _, rest = raw.decode("latin-1").removeprefix("\r\n").partition("\r\n")
-    if (ends := raw.translate(None, _TEXT)) != _LINE_ENDS[: len(ends)]:
-        raise ProblemError(400, "a control character, or a line that ends with a bare CR or LF")
     if not (parts := _REQUEST_LINE.fullmatch(line)):
-        raise ProblemError(400, "malformed request line")
+        raise ProblemError(400, "malformed request line, or it ends with a bare CR or LF")
+    pairs = [(name.lower(), value.strip(" \t")) for name, value in _FIELD.findall(rest)]
+    if len(pairs) != rest.count("\n") - 1 or not raw.endswith(_END_OF_HEAD):
+        raise ProblemError(400, "malformed header field: with a control character, say, or with a bare CR or LF")
     method, target, version = parts.groups()
     if version[5] != "1":
         raise ProblemError(505, "the only major version is HTTP/1")
     version = "HTTP/1.0" if version == "HTTP/1.0" else "HTTP/1.1"  # which a later 1.x is read as (RFC 9110, 2.5)
-    pairs = [(name.lower(), value.strip(" \t")) for name, value in _FIELD.findall(rest)]
-    if len(pairs) != rest.count("\n") - 1 or not raw.endswith(_END_OF_HEAD):
-        raise ProblemError(400, "malformed header field")
     fields: dict[str, str] = {}
     for name, value in pairs:
         if name not in fields:
@@ -935,16 +930,14 @@ class Framer:
                 end = self.inbox.find(_END_OF_HEAD, max(0, self._scanned - 3)) + len(_END_OF_HEAD)
                 if not len(_END_OF_HEAD) <= end <= MAX_HEAD_BYTES:
                     end = min(len(self.inbox), MAX_HEAD_BYTES + 1)
-                    if not _BEGINNING.match(self.inbox):
-                        raise ProblemError(400, "malformed request line")
-                    if _BARE_LINE_END.search(self.inbox, max(0, self._scanned - 1), end):
-                        raise ProblemError(400, "a line ends with a bare CR or LF")
-                    if end > MAX_HEAD_BYTES and self.inbox.find(b"\r\n", 2, end) < 0:
-                        raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
-                    if end > MAX_HEAD_BYTES:
-                        raise ProblemError(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
-                    self._scanned = end
-                    break
+                    bare = _BARE_LINE_END.search(self.inbox, max(0, self._scanned - 1), end)
+                    if _BEGINNING.match(self.inbox) and not bare:  # else `parse_head` says what is wrong
+                        if end > MAX_HEAD_BYTES and self.inbox.find(b"\r\n", 2, end) < 0:
+                            raise ProblemError(414, f"the target is longer than {MAX_TARGET_BYTES} bytes")
+                        if end > MAX_HEAD_BYTES:
+                            raise ProblemError(431, f"the head is longer than {MAX_HEAD_BYTES} bytes")
+                        self._scanned = end
+                        break
                 head = parse_head(raw := bytes(self.inbox[:end]))
                 line, _, rest = raw.partition(b"\r\n")
                 if announces_body(head):
