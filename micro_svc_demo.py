@@ -820,7 +820,7 @@ _CODINGS = re.compile(rf"(?:(?!chunked[ \t,]){_NAME_TEXT}[ \t]*,[ \t]*)*{_NAME_T
 _TARGET = bytes(byte for byte in range(ord("!"), 0x7F) if byte != ord("#"))  # what a target may be made of
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?", re.ASCII)
-_ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?]+)(.*)")
+_ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?]+)/?(.*)")
 # What can still become a head: clients of other protocols need not wait for the time-out of one.
 _BEGINNING = re.compile(rb"(?:\r\n)?(?:[A-Z][A-Z0-9_-]{0,31}(?: |\Z)|\Z)|\r\Z")
 # Fields of which a second one would leave it open which of the two counts.
@@ -875,8 +875,7 @@ def parse_head(raw: bytes) -> Head:
     if target[0] != "/" and (method, target) != ("OPTIONS", "*") and not (method == "CONNECT" and is_authority(target)):
         if not (absolute := _ABSOLUTE_FORM.fullmatch(target)) or not is_authority(absolute[1]):
             raise ProblemError(400, "the target is neither a path nor an absolute http URL")
-        fields["host"] = absolute[1]  # its authority replaces Host (RFC 9112, 3.2.2)
-        target = absolute[2] if absolute[2].startswith("/") else f"/{absolute[2]}"
+        fields["host"], target = absolute[1], f"/{absolute[2]}"  # its authority replaces Host (RFC 9112, 3.2.2)
     if "expect" in fields and version == "HTTP/1.1" and fields["expect"].lower() != "100-continue":
         raise ProblemError(417, "the only expectation that can be met is 100-continue")
     return tuple.__new__(Head, (method, target, version, fields))  # half the time of Head's own
