@@ -817,7 +817,7 @@ _NAME_TEXT = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _FIELD = re.compile(rf"^({_NAME_TEXT}):([\t -~\x80-\xff]*+)\r\n", re.MULTILINE)
 # Of transfer codings: chunked is the last one, or not among them.
 _CODINGS = re.compile(rf"(?:(?!chunked[ \t,]){_NAME_TEXT}[ \t]*,[ \t]*)*{_NAME_TEXT}", re.IGNORECASE)
-_TARGET = bytes(byte for byte in range(ord("!"), 0x7F) if byte != ord("#"))  # what a target may be made of
+_COMMON_LINE = re.compile(rb"GET (/[!-\"$-~]{0,%d}+) HTTP/1\.1\r\n" % (MAX_TARGET_BYTES - 1))
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?", re.ASCII)
 _ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?]+)/?(.*)")
@@ -902,7 +902,7 @@ class Framer:
         self.inbox, self.refused = bytearray(), False  # what is not returned yet; whether nothing more is taken
         self.refused_head = False  # whether what was refused is a HEAD, as far as it can be told
         self._scanned = 0  # how much of the inbox is known to hold no end of head
-        self._rest, self._parsed = b"", dict[str, str]()  # what came behind the last common target, and its fields
+        self._rest, self._parsed = b"", dict[str, str]()  # what came behind the last common line, and its fields
 
     @property
     def partial(self) -> bool:
@@ -911,10 +911,9 @@ class Framer:
 
     def take_whole(self, data: bytes) -> Head | None:
         """Return the head if the data is one request like the last, but for its target: the common case."""
-        if self._rest and data.endswith(self._rest) and data.startswith(b"GET /") and not self.inbox:
-            target = data[4 : -len(self._rest)]
-            if not target.translate(None, _TARGET) and len(target) <= MAX_TARGET_BYTES and not self.refused:
-                return tuple.__new__(Head, ("GET", target.decode("ascii"), "HTTP/1.1", self._parsed))
+        line = _COMMON_LINE.match(data)
+        if line and self._rest and data[line.end() :] == self._rest and not self.inbox and not self.refused:
+            return tuple.__new__(Head, ("GET", line[1].decode("ascii"), "HTTP/1.1", self._parsed))
         return None
 
     def feed(self, data: bytes, room: int = 1 << 30) -> list[Head | ProblemError]:
@@ -938,11 +937,10 @@ class Framer:
                         self._scanned = end
                         break
                 head = parse_head(raw := bytes(self.inbox[:end]))
-                line, _, rest = raw.partition(b"\r\n")
                 if announces_body(head):
                     self.refuse()
-                elif len(rest) < _MOST_REMEMBERED_BYTES and line.startswith(b"GET /") and line.endswith(b" HTTP/1.1"):
-                    self._rest, self._parsed = b" HTTP/1.1\r\n" + rest, head.fields  # most clients send the same again
+                elif (line := _COMMON_LINE.match(raw)) and len(raw) - line.end() < _MOST_REMEMBERED_BYTES:
+                    self._rest, self._parsed = raw[line.end() :], head.fields  # most clients send the same again
                 del self.inbox[:end]
                 self._scanned = 0
                 found.append(head)
