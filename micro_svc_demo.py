@@ -896,30 +896,20 @@ def announces_body(head: Head) -> bool:
 class Framer:
     """Cuts a client's bytes into whole request heads. What follows a malformed head, or one with a body, is dropped."""
 
-    __slots__ = ("_parsed", "_rest", "_scanned", "inbox", "refused", "refused_head")
+    __slots__ = ("_parsed", "_rest", "_scanned", "inbox", "partial", "refused", "refused_head")
 
     def __init__(self) -> None:
         self.inbox, self.refused = bytearray(), False  # what is not returned yet; whether nothing more is taken
         self.refused_head = False  # whether what was refused is a HEAD, as far as it can be told
+        self.partial = False  # whether the inbox has more than an empty line, which begins no request yet
         self._scanned = 0  # how much of the inbox is known to hold no end of head
         self._rest, self._parsed = b"", dict[str, str]()  # what came behind the last common line, and its fields
 
-    @property
-    def partial(self) -> bool:
-        """Whether there is more than has been returned; an empty line before the next request begins nothing yet."""
-        return not b"\r\n".startswith(self.inbox)
-
-    def take_whole(self, data: bytes) -> Head | None:
-        """Return the head if the data is one request like the last, but for its target: the common case."""
-        line = _COMMON_LINE.match(data)
-        if line and self._rest and data[line.end() :] == self._rest and not self.inbox and not self.refused:
-            return tuple.__new__(Head, ("GET", line[1].decode("ascii"), "HTTP/1.1", self._parsed))
-        return None
-
     def feed(self, data: bytes, room: int = 1 << 30) -> list[Head | ProblemError]:
         """Take what was received; return up to `room` whole heads, then what is wrong; however cut, always the same."""
-        if room and (whole := self.take_whole(data)):
-            return [whole]
+        line = _COMMON_LINE.match(data)  # the common case: one request like the last, but for its target
+        if line and self._rest and data[line.end() :] == self._rest and room and not (self.inbox or self.refused):
+            return [tuple.__new__(Head, ("GET", line[1].decode("ascii"), "HTTP/1.1", self._parsed))]
         found: list[Head | ProblemError] = []
         if not self.refused:
             self.inbox += data
@@ -947,12 +937,13 @@ class Framer:
         except ProblemError as problem:
             found.append(problem)
             self.refuse()
+        self.partial = not b"\r\n".startswith(self.inbox)
         return found
 
     def refuse(self) -> None:
         """Forget what is buffered and take no more."""
         self.refused_head |= self.inbox.startswith((b"HEAD ", b"\r\nHEAD "))
-        self.refused, self.inbox = True, bytearray()
+        self.refused, self.partial, self.inbox = True, False, bytearray()
 
 
 # ── Connections ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1051,10 +1042,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Begin to answer if a request is whole now and none is being answered."""
         if self.state == self.READING:
-            if head := self.framer.take_whole(data):
-                self._answer(head)
-            else:
-                self._next(data)
+            self._next(data)
         elif self.state == self.LINGERING:
             self.deadline = min(time.monotonic() + self.linger_seconds, self.end_at)
         else:
@@ -1089,13 +1077,13 @@ class Connection(asyncio.Protocol):
     def expire(self) -> None:
         """End a state that has lasted long enough, or that waits for more from a client that has ended."""
         if self.state == self.EXCESS:
-            self._answer(ProblemError(503, "too many connections", rejected="overloaded"))
+            self._next(problem=ProblemError(503, "too many connections", rejected="overloaded"))
         elif self.state != self.READING or not self.framer.partial:
             self.close()
         elif self.ended:
-            self._answer(ProblemError(400, "the request ended before it was whole"))
+            self._next(problem=ProblemError(400, "the request ended before it was whole"))
         else:
-            self._answer(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
+            self._next(problem=ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
 
     def close(self) -> None:
         """Close at once; what the client has not taken by now is cut off."""
@@ -1106,27 +1094,23 @@ class Connection(asyncio.Protocol):
     def _notify(self) -> None:
         """Say, before TCP does, that nothing more comes: for TLS, which has a word for it."""
 
-    def _next(self, data: bytes = b"") -> None:
-        """Begin to answer the next request if it is whole; else wait for the rest of it, or for another."""
+    def _next(self, data: bytes = b"", problem: ProblemError | None = None) -> None:
+        """Begin to answer a problem, or the next request if it is whole; else wait for its rest, or for another."""
         if self.state == self.CLOSED:
             return
-        was_partial = self.framer.partial and self.state == self.READING
-        self.state = self.READING
-        if requests := self.framer.feed(data, 1):
-            self._answer(requests[0])
+        begun, self.state = self.framer.partial and self.state == self.READING, self.READING
+        if problem:
+            self.framer.refuse()
+        if requests := [problem] if problem else self.framer.feed(data, 1):
+            self.state, self.deadline = self.ANSWERING, math.inf
+            handler = ProfileHandler(requests[0], self, self.server)
+            if handler.resume():
+                self.reply(handler)
         elif self.ended:
             self.expire()
-        elif not was_partial:
+        elif not begun:
             self.deadline = time.monotonic() + (self.head_seconds if self.framer.partial else self.server.idle_seconds)
             self.transport.resume_reading()
-
-    def _answer(self, request: Head | ProblemError) -> None:
-        self.state, self.deadline = self.ANSWERING, math.inf
-        if isinstance(request, ProblemError):
-            self.framer.refuse()
-        handler = ProfileHandler(request, self, self.server)
-        if handler.resume():
-            self.reply(handler)
 
     def reply(self, handler: ProfileHandler) -> None:
         """Send an answer."""
