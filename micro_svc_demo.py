@@ -58,7 +58,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, unquote
 
 from couchbase import exceptions as cb
 from couchbase import options as cbo
@@ -1253,15 +1253,14 @@ def decode_segment(segment: str) -> str:
     """Percent-decode a path parameter as strict UTF-8 (RFC 3986, 2.1); ProblemError: 404 if empty, 400 if malformed."""
     if not segment:
         raise ProblemError(404, "no such route")
-    if segment.count("%") != len(re.findall("%[0-9A-Fa-f]{2}", segment)):
+    if re.search("%(?![0-9A-Fa-f]{2})", segment):
         raise ProblemError(400, "malformed percent-encoding")
+    if re.search("%(?:[01]|7[Ff])", segment):
+        raise ProblemError(400, "control characters are not allowed")
     try:
-        decoded = unquote_to_bytes(segment).decode("utf-8")
+        return unquote(segment, errors="strict")
     except UnicodeDecodeError:
         raise ProblemError(400, "the percent-encoded bytes are not UTF-8") from None
-    if re.search(r"[\x00-\x1f\x7f]", decoded):
-        raise ProblemError(400, "control characters are not allowed")
-    return decoded
 
 
 def parse_page(query: str) -> tuple[int, int]:
