@@ -1163,7 +1163,7 @@ class TlsConnection(Connection):
 
     def data_received(self, data: bytes) -> None:
         """Shake hands, then decrypt and pass on."""
-        parts = [b""]
+        plain, at_end = b"", False
         if self._ended:  # what it says is of no interest any more, only that it does
             return super().data_received(data)
         self._incoming.write(data)
@@ -1175,10 +1175,9 @@ class TlsConnection(Connection):
                 if certificate := self.tls.getpeercert():
                     names = dict(pair for part in certificate["subject"] for pair in part)
                     self.client_cert = f', "client_cert": {json.dumps(names.get("commonName", "-")[:64])}'
-            while self._incoming.pending or self.tls.pending():
-                parts.append(self.tls.read(self.receive_bytes))
-                if not parts[-1]:  # the client's end
-                    break
+            while not at_end and (self._incoming.pending or self.tls.pending()):
+                plain += (part := self.tls.read(self.receive_bytes))
+                at_end = not part  # the client's own word for its end
         except ssl.SSLWantReadError:  # a record, or the handshake, is not whole
             pass
         except ssl.SSLError as error:
@@ -1188,9 +1187,9 @@ class TlsConnection(Connection):
             return cast("None", self.transport.close())
         if self._outgoing.pending:  # of the handshake
             self.transport.write(self._outgoing.read())
-        if plain := b"".join(parts):
+        if plain:
             super().data_received(plain)
-        if len(parts) > 1 and not parts[-1]:
+        if at_end:
             self.eof_received()
         return None
 
