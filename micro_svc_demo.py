@@ -48,9 +48,10 @@ import ssl
 import sys
 import threading
 import time
+import types
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -251,7 +252,7 @@ def unavailable(detail: str, *, seconds: int = 1, rejected: str = "", **members:
 
 # ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
 # A `Connection` makes one for each whole request and calls `parse_request`. `do_GET` is a coroutine that awaits nothing
-# but the store's `Get` and `Query`; `resume` steps it, once at the beginning and once for each result.
+# but the store, which yields a `Get` or a `Query`; `resume` steps it, once at the beginning and once for each result.
 
 JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+json", "text/html; charset=utf-8"
 CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # as a page a picture may run nothing
@@ -273,7 +274,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
     command = path = query = route = ""
     request_version, close_connection = "HTTP/1.1", True
     cut_off = ""  # for the log, of an answer of which `response` has only what was sent
-    _steps: Coroutine[Awaited, Any, None]
+    _steps: Coroutine[Get | Query, Any, None]
 
     def __init__(self, request: Head | ProblemError, connection: Connection, server: ProfileServer) -> None:
         """Take a request head, or why the bytes received are not one; the base class would read from a socket."""
@@ -389,7 +390,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.server.metrics.numbers["auth_failures_total",] += 1
             raise ProblemError(401, "a valid bearer token is required", "WWW-Authenticate: Bearer\r\n")
 
-    def stored(self, collection: str, parameter: str) -> Get:
+    def stored(self, collection: str, parameter: str) -> Awaitable[Document]:
         """Return what to await for the document `{collection}:{parameter}`; 400 for an id that no key can hold."""
         if "%" in parameter or not parameter:
             parameter = decode_segment(parameter)
@@ -559,18 +560,20 @@ class ProfileStore:
         self.health = Health(self.database, self.tokens, log, metrics)
         self.loader = Loader(self, settings.threads, log)
 
-    def get(self, collection: str, key: str) -> Get:
-        """Return what to await for one document; raises 503 where nobody is to be asked for it."""
+    @types.coroutine
+    def get(self, collection: str, key: str) -> Generator[Get, Document, Document]:
+        """Get one document; raises 503 where nobody is to be asked for it."""
         health, replica = self.health, False
         if health.degraded:
             replica = vbucket(key) in health.down
             (health.replica_breaker if replica else health.breaker).admit(time.monotonic())
-        return Get(self.loader, collection, key, replica)
+        return (yield Get(self.loader, collection, key, replica))
 
-    def query(self, statement: str, parameters: dict[str, object]) -> Query:
-        """Return what to await for the rows of a statement, raw JSON each; raises 503 while the breaker is open."""
+    @types.coroutine
+    def query(self, statement: str, parameters: dict[str, object]) -> Generator[Query, list[bytes], list[bytes]]:
+        """Get the rows of a statement, raw JSON each; raises 503 while the breaker is open."""
         self.health.query_breaker.admit(time.monotonic())
-        return Query(self.loader, statement, parameters)
+        return (yield Query(self.loader, statement, parameters))
 
     def judge(self, fetched: Fetched) -> Mapping[str, Document | ProblemError]:
         """Judge what an operation on documents has brought: for Couchbase's health, and for each caller by key."""
@@ -1386,7 +1389,7 @@ def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, s
 
 
 # ── The data loader and the pools ─────────────────────────────────────────────────────────────────────────────────────
-# A handler awaits a `Get` or a `Query`, which `ProfileHandler.resume` gives to the `Loader`. At the end of each turn of
+# The store yields a `Get` or a `Query`, which `ProfileHandler.resume` gives to the `Loader`. At the end of each turn of
 # the event loop the loader makes one `Batch` of the documents that wait (hence a data loader), and gives batches and
 # queries to the threads of their pools. A thread does a job's `call`; back in the loop `finish` takes what came of it.
 
@@ -1437,26 +1440,19 @@ class Pool:
             jobs.put(None)
 
 
-class Awaited:
-    """What a handler awaits: it is resumed with what comes of it, or with a ProblemError."""
+class Get:
+    """A document; the handler that waits for it is resumed with what comes of it, or with a ProblemError."""
 
-    loader: Loader
     handler: ProfileHandler
-
-    def __await__(self) -> Generator[Awaited, Any, Any]:
-        return (yield self)
-
-
-class Get(Awaited):
-    """A document."""
 
     def __init__(self, loader: Loader, collection: str, key: str, replica: bool) -> None:
         self.loader, self.collection, self.key, self.replica = loader, collection, key, replica
 
 
-class Query(Awaited):
-    """Rows, and the job that brings them."""
+class Query:
+    """Rows, as a `Get` has a document; and the job that brings them."""
 
+    handler: ProfileHandler
     given_up, started = False, 0.0  # by the loader; monotonic seconds
 
     def __init__(self, loader: Loader, statement: str, parameters: dict[str, object]) -> None:
@@ -1541,7 +1537,7 @@ class Loader:
         self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)  # apart: a bulkhead
         self.singles = Pool(self.single_threads, log)  # while degraded, for one document each
 
-    def load(self, awaited: Awaited) -> None:
+    def load(self, awaited: Get | Query) -> None:
         """Have a document or rows fetched, unless too many queries wait."""
         if isinstance(awaited, Query):
             if len(self.waiting_queries) >= self.most_queries:
