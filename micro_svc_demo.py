@@ -1539,16 +1539,15 @@ class Loader:
 
     def load(self, awaited: Get | Query) -> None:
         """Have a document or rows fetched, unless too many queries wait."""
-        if isinstance(awaited, Query):
-            if len(self.waiting_queries) >= self.most_queries:
-                return awaited.finish(unavailable("overloaded: too many queries wait", rejected="overloaded"))
-            self.waiting_queries.append(awaited)
-        elif isinstance(awaited, Get):
+        if isinstance(awaited, Get):
             waiting = self.waiting.setdefault((awaited.collection, awaited.replica), {})
             waiting.setdefault(awaited.key, []).append(awaited)
             if len(waiting) == self.batch_size:
                 self.dispatch()
-        return None
+        elif len(self.waiting_queries) < self.most_queries:
+            self.waiting_queries.append(awaited)
+        else:
+            awaited.finish(unavailable("overloaded: too many queries wait", rejected="overloaded"))
 
     def _give_up(self, now: float) -> None:
         """Refuse or answer those for whom what they wait for may not come."""
