@@ -1648,13 +1648,6 @@ class _DocumentBytes(RawJSONTranscoder):  # type: ignore[misc]
     decode_value = staticmethod(lambda value, _flags: value)
 
 
-def is_object(value: bytes) -> bool:
-    """Tell whether a stored value is a JSON object."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return isinstance(json.loads(value.decode()), dict)
-    return False
-
-
 class Database:
     """The SDK, connected to one scope of one bucket; each method is a blocking call or a few, which threads make."""
 
@@ -1683,10 +1676,13 @@ class Database:
         except Exception as error:
             results, errors = {}, dict.fromkeys(keys, error)
         for key, result in results.items():  # `tuple.__new__` takes half the time of Document's own
-            value = result.value  # what is between the only pair of braces is not looked at
-            if (value.rfind(b"{") == 0 and value.find(b"}") == len(value) - 1) or is_object(value):
+            value = result.value
+            simple = value.rfind(b"{") == 0 and value.find(b"}") == len(value) - 1  # one pair of braces: taken as it is
+            try:
+                if not simple and not isinstance(json.loads(value.decode()), dict):
+                    raise ValueError("no object")
                 documents[key] = tuple.__new__(Document, (value, result.cas, replica and result.is_replica))
-            else:
+            except (ValueError, RecursionError):
                 errors[key] = cb.ValueFormatException("no JSON object")
         outcomes = {row.outcome for row in set(map(failure_of, errors.values()))} if errors else {"ok"}
         outcome = min(outcomes - {"not_found"} if many else outcomes, default="ok")  # many: a part may well be missing
