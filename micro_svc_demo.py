@@ -1636,15 +1636,10 @@ class Loader:
 
 # ── Couchbase: what other threads do ──────────────────────────────────────────────────────────────────────────────────
 # The pools' threads, and the two of `Health`, make these calls; nothing here knows of requests or of the event loop.
-class _RowBytes(Serializer):  # type: ignore[misc]  # the SDK's class is untyped
-    """Passes query rows through as the bytes they came in; the SDK serializes nothing by it."""
+class _Bytes(Serializer, RawJSONTranscoder):  # type: ignore[misc]  # the SDK's classes are untyped
+    """Passes rows and documents through as the bytes they come in: those count, not what a document's flags say."""
 
-    serialize = deserialize = bytes
-
-
-class _DocumentBytes(RawJSONTranscoder):  # type: ignore[misc]
-    """Passes documents through as the bytes they are stored as: those count, not what their flags say."""
-
+    serialize = deserialize = bytes  # the former is not used
     decode_value = staticmethod(lambda value, _flags: value)
 
 
@@ -1659,7 +1654,7 @@ class Database:
         self._collections: dict[str, Any] = {}
         self.timeout_seconds = settings.couchbase_timeout_ms / 1000
         self.query_timeout_seconds = settings.couchbase_query_timeout_ms / 1000
-        self._query_options = dict(read_only=True, scan_consistency=Consistency.NOT_BOUNDED, serializer=_RowBytes())
+        self._query_options = dict(read_only=True, scan_consistency=Consistency.NOT_BOUNDED, serializer=_Bytes())
 
     def fetch(self, collection: str, keys: list[str], seconds: float = 0.0, *, replica: bool = False) -> Fetched:
         """Get documents by one hand-over to the SDK (0 `seconds` spare a time-out's cost), or one's replica."""
@@ -1767,7 +1762,7 @@ def open_cluster(settings: Settings) -> Any:
     kv, management = timedelta(milliseconds=settings.couchbase_timeout_ms), timedelta(seconds=5)
     timeouts = cbo.ClusterTimeoutOptions(kv_timeout=kv, management_timeout=management)  # each query has its own
     options: dict[str, Any] = {"enable_tracing": False, "enable_metrics": False, "enable_app_telemetry": False}
-    options |= {"network": settings.couchbase_network, "transcoder": _DocumentBytes(), "timeout_options": timeouts}
+    options |= {"network": settings.couchbase_network, "transcoder": _Bytes(), "timeout_options": timeouts}
     options |= {} if settings.couchbase_tls_verify else {"tls_verify": cbo.TLSVerifyMode.NONE}
     return Cluster.connect(settings.connection_string, cbo.ClusterOptions(user, **options))
 
