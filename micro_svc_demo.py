@@ -83,7 +83,7 @@ Check: TypeAlias = tuple[str, Callable[[str], Any]]  # what a value has to be, a
 
 
 class SettingsError(Exception):
-    """A setting is missing or has a value that is not allowed; the message is one line for the operator."""
+    """A setting is missing, not allowed, or refused by Couchbase; the message is one line for the operator."""
 
 
 def _row(default: object, check: Check, meaning: str, *, secret: bool = False) -> Any:
@@ -459,10 +459,6 @@ _INDEX = "CREATE INDEX by_{0} IF NOT EXISTS ON `{1}`({0})\nBUILD INDEX ON `{1}`(
 MISSING_INDEX = "\n".join(_INDEX.format(name, USERS) for name in _INDEXED)
 
 
-class FatalError(Exception):
-    """Something that waiting cannot cure; the message is one line that says what to do."""
-
-
 class NoTokenError(Exception):
     """Couchbase answers, but has no usable token; the message is one line that says what to do."""
 
@@ -735,7 +731,7 @@ class ProfileServer(ThreadingHTTPServer):
             try:
                 await health.start()
                 break
-            except FatalError as error:
+            except SettingsError as error:  # which waiting cannot cure
                 self.failure = str(error)
                 self.log.event("error", "cannot serve", advice=self.failure)
                 return self.shutdown()
@@ -1709,18 +1705,18 @@ class Database:
         return {keys[key] for key, error in answer.exceptions.items() if not failure_of(error).outage}
 
     def connect(self) -> None:
-        """Open the cluster and the bucket, within about 20 s; FatalError for wrong credentials or no such bucket."""
+        """Open the cluster and the bucket, within about 20 s; SettingsError for wrong credentials or no such bucket."""
         settings = self._settings
         user, bucket, doubt = settings.couchbase_user, settings.couchbase_bucket, check_certificates(settings)
         doubtful = _TIMEOUTS if doubt else ()
         try:
             cluster = open_cluster(settings)
         except cb.InvalidArgumentException as error:
-            raise FatalError(f"the SDK refuses COUCHBASE_HOST or its options: {describe(error)}") from error
+            raise SettingsError(f"the SDK refuses COUCHBASE_HOST or its options: {describe(error)}") from error
         except cb.AuthenticationException as error:
-            raise FatalError(f"Couchbase refuses user {user!r}: check {settings.credentials}") from error
+            raise SettingsError(f"Couchbase refuses user {user!r}: check {settings.credentials}") from error
         except doubtful as error:
-            raise FatalError(doubt) from error
+            raise SettingsError(doubt) from error
         try:
             self._scope = cluster.bucket(bucket).scope(settings.couchbase_scope)
         except cb.CouchbaseException as error:
@@ -1732,10 +1728,10 @@ class Database:
                 answer = failure
             missing = f"bucket {bucket!r} does not exist"
             if isinstance(answer, cb.BucketDoesNotExistException):
-                raise FatalError(f"{missing}: create it, or correct COUCHBASE_BUCKET (then {PROVISION})") from error
+                raise SettingsError(f"{missing}: create it, or correct COUCHBASE_BUCKET (then {PROVISION})") from error
             if isinstance(answer, cb.AuthenticationException) or isinstance(error, cb.BucketNotFoundException):
                 roles = "check COUCHBASE_BUCKET, COUCHBASE_PASSWORD and the user's roles"  # the server refuses at once
-                raise FatalError(f"{missing}, or the user has no role for it: {roles}") from error
+                raise SettingsError(f"{missing}, or the user has no role for it: {roles}") from error
             raise  # it was not allowed to ask, or nobody was there: the first failure stands
         self._collections = {name: self._scope.collection(name) for name in (USERS, IMAGES, AUTH)}
         self._cluster, self.connected = cluster, True
@@ -1768,14 +1764,14 @@ def open_cluster(settings: Settings) -> Any:
 
 
 def check_certificates(settings: Settings) -> str:
-    """Return doubt of an issuer; FatalError for a bad certificate: the SDK times out, and compares no host (4.6.3)."""
+    """Return doubt of an issuer; SettingsError: a bad certificate. The SDK times out, and compares no host (4.6.3)."""
     scheme, _, hosts = settings.connection_string.partition("://")
     if scheme != "couchbases" or not settings.couchbase_tls_verify:
         return ""
     try:
         context, doubt = ssl.create_default_context(cafile=settings.couchbase_tls_ca), ""
     except ssl.SSLError as error:
-        raise FatalError(f"COUCHBASE_TLS_CA has no usable certificate: {error.reason}") from error
+        raise SettingsError(f"COUCHBASE_TLS_CA has no usable certificate: {error.reason}") from error
     for seed in re.finditer(r"(?:\[(.*?)\]|([^:,/?\[]+))(?::([0-9]+))?(?:,|/|\Z)", hosts.partition("?")[0]):
         host, port = seed[1] or seed[2], int(seed[3] or 11207)
         try:
@@ -1784,7 +1780,7 @@ def check_certificates(settings: Settings) -> str:
         except ssl.SSLCertVerificationError as error:
             refusal = f"the certificate of {host} is refused ({error.verify_message})"
             if settings.couchbase_tls_ca or error.verify_code not in {18, 19, 20, 21}:  # unknown issuer: X509_V_ERR_…
-                raise FatalError(f"{refusal}: check COUCHBASE_HOST and COUCHBASE_TLS_CA") from error
+                raise SettingsError(f"{refusal}: check COUCHBASE_HOST and COUCHBASE_TLS_CA") from error
             # for the SDK to decide, as it has Mozilla's roots besides the system's
             doubt = f"{refusal}: set COUCHBASE_TLS_CA to the certificate of its authority"
         except OSError:
@@ -1953,7 +1949,7 @@ class Health:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     async def start(self) -> None:
-        """Connect where that is still to be done, and read the token; FatalError for what waiting cannot cure."""
+        """Connect where that is still to be done, and read the token; SettingsError for what waiting cannot cure."""
         if not self._database.connected:
             await self._call(self._database.connect)
         started, outcome = time.monotonic(), "ok"
