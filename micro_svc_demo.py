@@ -501,7 +501,6 @@ class Failure(NamedTuple):
 
 
 _OUT_OF_REACH, _SCHEMA = "Couchbase is out of reach", "the database's schema is incomplete"
-_TOO_SLOW = "Couchbase did not answer in time"
 _REFUSED = "Couchbase refuses the user: check COUCHBASE_USER, its password, and that it may read this scope"
 _TIMEOUTS = (cb.AmbiguousTimeoutException, cb.UnAmbiguousTimeoutException, cb.TimeoutException)
 _OUTAGES: tuple[Any, ...] = (cb.TemporaryFailException, cb.ServiceUnavailableException, cb.RequestCanceledException)
@@ -515,7 +514,7 @@ _NO_ACCESS = Failure((cb.AuthenticationException,), 503, _OUT_OF_REACH, _REFUSED
 _COME_AGAIN = Failure(_OUTAGES, 503, _OUT_OF_REACH, outage=True)
 FAILURES = (  # the first row that fits counts
     Failure((cb.DocumentNotFoundException,), 404, "no such document"),
-    Failure(_TIMEOUTS, 504, _TOO_SLOW, outage=True),
+    Failure(_TIMEOUTS, 504, "Couchbase did not answer in time", outage=True),
     _NO_ACCESS,
     _COME_AGAIN,
     Failure((cb.DocumentLockedException,), 503, "the document is locked"),
@@ -1464,7 +1463,7 @@ class Query:
         """Answer with what came of it, and judge by it whether the query service is well."""
         store, now, breaker = self.loader.store, time.monotonic(), self.loader.store.health.query_breaker
         self.loader.running.discard(self)
-        if not isinstance(outcome, ProblemError):  # else nothing has been asked for, or its end is no longer waited for
+        if not isinstance(outcome, ProblemError):  # else nothing has been asked for
             failure = failure_of(outcome) if isinstance(outcome, Exception) else None
             if failure and failure.outage:
                 breaker.failed(self.started, now)
@@ -1557,8 +1556,7 @@ class Loader:
             query.given_up, self.adhoc_until = True, now + 60.0
             self._queries.free += 1
             self._log.event("error", "a query is overdue; its worker is given up", route=query.handler.route)
-            self.store.health.query_breaker.failed(query.started, now)
-            query.finish(ProblemError(504, _TOO_SLOW))
+            query.finish(cb.TimeoutException("the SDK does not give it back"))
 
     def _fetch(self, pool: Pool, name: tuple[str, bool], keys: Collection[str], now: float) -> bool:
         """Have a collection's documents fetched, of large ones what the bound allows; tell whether any is."""
