@@ -1656,7 +1656,6 @@ class Database:
         many, seconds = name == "get_multi", self.probe_seconds if replica else seconds
         options = {"timeout": timedelta(seconds=seconds)} if seconds else {}
         documents: dict[str, Document] = {}
-        errors: dict[str, Exception] = {}
         started, ask = time.monotonic(), getattr(self._collections[collection], name)
         try:
             answer = ask(keys if many else keys[0], **options)
