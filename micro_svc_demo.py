@@ -231,7 +231,9 @@ class ProblemError(Exception):
     # `rejected` says, of a request refused before it was worked on, why (one of REASONS), for the metrics.
     def __init__(self, status: int, detail: str, headers: str = "", rejected: str = "", **members: object) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.headers, self.rejected, self.members = status, detail, headers, rejected, members
+        self.status, self.detail, self.rejected, self.members = status, detail, rejected, members
+        # a caller that is to come back is told when (RFC 9110, 10.2.3)
+        self.headers = headers or "Retry-After: 1\r\n" * (status == HTTPStatus.SERVICE_UNAVAILABLE)
 
     def document(self, request_id: str) -> bytes:
         """Return the body of the answer."""
@@ -243,11 +245,6 @@ class ProblemError(Exception):
 def _problem(status: int, detail: str) -> str:
     """Return how its document begins."""
     return json.dumps({"title": HTTPStatus(status).phrase, "status": status, "detail": detail})[:-1]
-
-
-def unavailable(detail: str, *, seconds: int = 1, rejected: str = "", **members: object) -> ProblemError:
-    """Return a 503 that tells the caller when to come back (RFC 9110, 10.2.3)."""
-    return ProblemError(503, detail, f"Retry-After: {seconds}\r\n", rejected=rejected, **members)
 
 
 # ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
@@ -355,7 +352,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.send(200, b'{"status": "alive"}', JSON_TYPE)
         elif path == "/readyz":
             if reasons := self.server.unready_reasons():
-                raise unavailable("not ready", reasons=reasons)
+                raise ProblemError(503, "not ready", reasons=reasons)
             ready = {"status": "ready", "breakers": self.server.store.health.breaker_states()}
             self.send(200, json.dumps(ready).encode(), JSON_TYPE)
         elif path == "/openapi.json":
@@ -379,7 +376,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         """Check the caller's token: 401, or 503 while the service's own is not known yet."""
         tokens = self.server.store.tokens
         if not tokens.current:
-            raise unavailable("not ready yet", rejected="not_ready")
+            raise ProblemError(503, "not ready yet", rejected="not_ready")
         token, given = self.headers.get("x-access-token"), self.headers.get("authorization")
         if given is not None:
             if hmac.compare_digest(given.encode("latin-1", "replace"), tokens.usual):
@@ -586,8 +583,8 @@ class ProfileStore:
             return documents
         for key in outages:
             health.failed(key, done)
-        # of a replica also what is not there: the node that would know is down
-        problems = {key: unavailable(_OUT_OF_REACH) if replica else self.problem(errors[key], "get") for key in errors}
+        down = ProblemError(503, _OUT_OF_REACH) if replica else None  # what is not there, too: who would know is down
+        problems = {key: down or self.problem(error, "get") for key, error in errors.items()}
         return {**documents, **problems}
 
     def problem(self, error: Exception, operation: str) -> ProblemError:
@@ -596,8 +593,7 @@ class ProfileStore:
         if failure.status != HTTPStatus.NOT_FOUND:
             level, advice = ("error", {"advice": failure.advice}) if failure.advice else ("warning", {})
             self._log.event(level, "couchbase failure", operation=operation, error=describe(error), **advice)
-        again = failure.status == HTTPStatus.SERVICE_UNAVAILABLE
-        return unavailable(failure.detail) if again else ProblemError(failure.status, failure.detail)
+        return ProblemError(failure.status, failure.detail)
 
 
 # ── The server ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1132,7 +1128,7 @@ class Connection(asyncio.Protocol):
         if self.state == self.READING and self.framer.partial:
             self._answer(ProblemError(408, f"the request was not whole within {self.head_seconds:.0f} s"))
         elif self.state == self.EXCESS:
-            self._answer(unavailable("too many connections", rejected="overloaded"))
+            self._answer(ProblemError(503, "too many connections", rejected="overloaded"))
         else:
             self.abort()
 
@@ -1408,7 +1404,7 @@ class Pool:
                 _thread.start_new_thread(self._work, (jobs, asyncio.get_running_loop()))
             except RuntimeError as error:
                 self._log.seldom("error", "no thread can be started", error=describe(error))
-                return job.finish(unavailable("overloaded: no thread can be started", rejected="overloaded"))
+                return job.finish(ProblemError(503, "overloaded: no thread can be started", rejected="overloaded"))
         self.free -= 1
         return jobs.put(job)
 
@@ -1542,13 +1538,13 @@ class Loader:
         elif len(self.waiting_queries) < self.most_queries:
             self.waiting_queries.append(awaited)
         else:
-            awaited.finish(unavailable("overloaded: too many queries wait", rejected="overloaded"))
+            awaited.finish(ProblemError(503, "overloaded: too many queries wait", rejected="overloaded"))
 
     def _give_up(self, now: float) -> None:
         """Refuse or answer those for whom what they wait for may not come."""
         waiting = self.waiting_queries
         while waiting and now - waiting[0].handler.started > self.query_wait_seconds:
-            waiting.popleft().finish(unavailable("overloaded: no query thread is free", rejected="overloaded"))
+            waiting.popleft().finish(ProblemError(503, "overloaded: no query thread is free", rejected="overloaded"))
         latest = now - self.store.database.query_timeout_seconds - self.grace_seconds
         for query in [query for query in self.running if query.handler.started < latest]:
             # The SDK (4.3 to 4.6) never gives it back when the server has forgotten a prepared statement (4040): it
@@ -1588,7 +1584,7 @@ class Loader:
         late = {key: waiting.pop(key) for key in keys}
         if not waiting:
             del self.waiting[name]
-        Batch(late, now).finish(unavailable("overloaded: no thread is free", rejected="overloaded"))
+        Batch(late, now).finish(ProblemError(503, "overloaded: no thread is free", rejected="overloaded"))
 
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free (else batches grow); collections take turns."""
@@ -1832,7 +1828,7 @@ class Breaker:
     def admit(self, now: float) -> None:
         """Raise a 503 unless a call may be made at `now`."""
         if not self.allow(now):
-            raise unavailable(_OUT_OF_REACH, seconds=self.retry_after_seconds(now))
+            raise ProblemError(503, _OUT_OF_REACH, f"Retry-After: {self.retry_after_seconds(now)}\r\n")
 
     def succeeded(self, started: float) -> None:
         """Take note that a call made at `started` was answered."""
@@ -2365,7 +2361,7 @@ _EXAMPLES: dict[str, _JSON] = {
         "phone": "+1-285-555-0143", "date_of_birth": "1959-12-01"},
     "PictureRecord": {"record_id": 1, "type": "png", "image":
         "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="},
-    "Problem": json.loads(unavailable("not ready", reasons=["draining"]).document("3f9c2a-1d"))}
+    "Problem": json.loads(ProblemError(503, "not ready", reasons=["draining"]).document("3f9c2a-1d"))}
 _ALWAYS = ("record_id", "title", "status", "detail", "request_id")  # members that no object lacks
 _MEMBERS: dict[str, _JSON] = {  # what their types do not say
     "picture": {"description": "the id of a picture"}, "date_of_birth": {"format": "date"},
