@@ -503,23 +503,18 @@ _TIMEOUTS = (cb.AmbiguousTimeoutException, cb.UnAmbiguousTimeoutException, cb.Ti
 _OUTAGES: tuple[Any, ...] = (cb.TemporaryFailException, cb.ServiceUnavailableException, cb.RequestCanceledException)
 _OUTAGES += (cb.MissingConnectionException, cb.InternalServerFailureException, cb.RateLimitedException)
 _OUTAGES += (cb.QuotaLimitedException, cb.HTTPException, cb.DocumentUnretrievableException)
-_NO_BUCKET = (cb.BucketNotFoundException, cb.BucketDoesNotExistException)
+_BUCKET = (cb.BucketNotFoundException, cb.BucketDoesNotExistException)
 _UNKNOWN = (cb.ScopeNotFoundException, cb.CollectionNotFoundException, cb.KeyspaceNotFoundException)
-_NO_SCHEMA = Failure(_UNKNOWN, 500, _SCHEMA, PROVISION)
-_NO_INDEX = Failure((cb.QueryIndexNotFoundException,), 500, _SCHEMA, MISSING_INDEX)
+_NOT_FOUND = Failure((cb.DocumentNotFoundException,), 404, "no such document")
+_TIMED_OUT = Failure(_TIMEOUTS, 504, "Couchbase did not answer in time", outage=True)
 _NO_ACCESS = Failure((cb.AuthenticationException,), 503, _OUT_OF_REACH, _REFUSED, outage=True)
 _COME_AGAIN = Failure(_OUTAGES, 503, _OUT_OF_REACH, outage=True)
-FAILURES = (  # the first row that fits counts
-    Failure((cb.DocumentNotFoundException,), 404, "no such document"),
-    Failure(_TIMEOUTS, 504, "Couchbase did not answer in time", outage=True),
-    _NO_ACCESS,
-    _COME_AGAIN,
-    Failure((cb.DocumentLockedException,), 503, "the document is locked"),
-    Failure(_NO_BUCKET, 503, _OUT_OF_REACH, f"the bucket is gone: create it again, then {PROVISION}", outage=True),
-    _NO_SCHEMA,
-    _NO_INDEX,
-    Failure((cb.ValueFormatException,), 500, "the document is not JSON", "store this document as JSON"),
-)
+_LOCKED = Failure((cb.DocumentLockedException,), 503, "the document is locked")
+_NO_BUCKET = Failure(_BUCKET, 503, _OUT_OF_REACH, f"the bucket is gone: create it again, then {PROVISION}", outage=True)
+_NO_SCHEMA = Failure(_UNKNOWN, 500, _SCHEMA, PROVISION)
+_NO_INDEX = Failure((cb.QueryIndexNotFoundException,), 500, _SCHEMA, MISSING_INDEX)
+_NO_JSON = Failure((cb.ValueFormatException,), 500, "the document is not JSON", "store this document as JSON")
+FAILURES = (_NOT_FOUND, _TIMED_OUT, _NO_ACCESS, _COME_AGAIN, _LOCKED, _NO_BUCKET, _NO_SCHEMA, _NO_INDEX, _NO_JSON)
 # By the query service's code: indexes or data that are out of reach, and statements whose plan has changed meanwhile.
 _BY_CODE = dict.fromkeys((4080, 4090, 12008, 12009, 12015, 12020, *range(14000, 15000)), _COME_AGAIN)
 _BY_CODE |= {2120: _NO_ACCESS, 4000: _NO_INDEX, 12003: _NO_SCHEMA, 12021: _NO_SCHEMA}
@@ -529,7 +524,7 @@ UNEXPECTED = Failure((), 500, "unexpected failure", "not foreseen: see the error
 def failure_of(error: BaseException) -> Failure:
     """Return the row of the failure map for an exception."""
     if type(error) is cb.DocumentNotFoundException:  # by far the most frequent
-        return FAILURES[0]
+        return _NOT_FOUND
     context, timed_out = error_context(error), isinstance(error, _TIMEOUTS)
     code, unauthorized = context.get("first_error_code") or 0, context.get("http_status") == HTTPStatus.UNAUTHORIZED
     # What the SDK has no class of its own for. A retry's reason explains only why there was no other answer.
