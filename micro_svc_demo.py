@@ -1593,14 +1593,13 @@ class Loader:
         if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
             self.store.health.degrade(1.0)
         degraded, slow = self.store.health.degraded, self.store.health.slow
-        collections = deque(() if degraded else self.waiting)
-        while collections and self._batches.free:
-            keys, self._dispatched_at = self.waiting[name := collections.popleft()], now
-            most = 1 if name[1] else self.batch_size
-            few = keys if len(keys) <= most else [*itertools.islice(keys, most)]
-            if self._fetch(self._batches, name, few, now) and name in self.waiting:
-                collections.append(name)
-                self.waiting[name] = self.waiting.pop(name)  # it comes behind the others
+        for name in () if degraded else [*self.waiting] * self._batches.free:  # in turn
+            if self._batches.free and name in self.waiting:
+                keys, self._dispatched_at = self.waiting[name], now
+                most = 1 if name[1] else self.batch_size
+                few = keys if len(keys) <= most else [*itertools.islice(keys, most)]
+                if self._fetch(self._batches, name, few, now) and name in self.waiting:
+                    self.waiting[name] = self.waiting.pop(name)  # it comes behind the others
         if degraded and slow is not None:
             for name, keys in [*self.waiting.items()]:
                 for key in [*itertools.islice(keys, self.single_threads)]:
