@@ -1558,20 +1558,18 @@ class Loader:
             return True
         sending = [each for each in self.writing if each.deadline - each.write_seconds > now - self.sending_seconds]
         held = self.fetching_bytes + sum(each.transport.get_write_buffer_size() for each in sending)
-        room = answers = max((self.most_bytes - held) // size, not held)
-        for key in [*keys] if room > 0 else ():
-            taken[key], waiting[key] = waiting[key][:room], waiting[key][room:]
-            room -= len(taken[key])
-            if not waiting[key]:
-                del waiting[key]
-            if not room:
-                break
+        room = max((self.most_bytes - held) // size, not held)
+        answers = [*itertools.islice((get for key in keys for get in waiting[key]), room)]
+        for get in answers:
+            taken.setdefault(get.key, []).append(waiting[get.key].pop(0))
+            if not waiting[get.key]:
+                del waiting[get.key]
         if not waiting:
             del self.waiting[name]
-        if taken:
-            self.fetching_bytes += size * (answers - room)
-            pool.run(Batch(taken, now, size * (answers - room)))
-        return bool(taken)
+        if answers:
+            self.fetching_bytes += size * len(answers)
+            pool.run(Batch(taken, now, size * len(answers)))
+        return bool(answers)
 
     def _refuse(self, name: tuple[str, bool], keys: list[str], now: float) -> None:
         """Refuse those who asked for documents so long ago that no caller would wait for them."""
