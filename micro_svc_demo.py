@@ -558,7 +558,9 @@ class ProfileStore:
 
     @types.coroutine
     def query(self, statement: str, parameters: dict[str, object]) -> Generator[Query, list[bytes], list[bytes]]:
-        """Get the rows of a statement, raw JSON each; raises 503 while the breaker is open."""
+        """Get the rows of a statement, raw JSON each; raises 503 while the breaker is open, or too many wait."""
+        if len(self.loader.waiting_queries) >= self.loader.most_queries:
+            raise ProblemError(503, "overloaded: too many queries wait", rejected="overloaded")
         self.health.query_breaker.admit(time.monotonic())
         return (yield Query(self.loader, statement, parameters))
 
@@ -1524,16 +1526,14 @@ class Loader:
         self.singles = Pool(self.single_threads, log)  # while degraded, for one document each
 
     def load(self, awaited: Get | Query) -> None:
-        """Have a document or rows fetched, unless too many queries wait."""
+        """Have a document or rows fetched."""
         if isinstance(awaited, Get):
             waiting = self.waiting.setdefault((awaited.collection, awaited.replica), {})
             waiting.setdefault(awaited.key, []).append(awaited)
             if len(waiting) == self.batch_size:
                 self.dispatch()
-        elif len(self.waiting_queries) < self.most_queries:
-            self.waiting_queries.append(awaited)
         else:
-            awaited.finish(ProblemError(503, "overloaded: too many queries wait", rejected="overloaded"))
+            self.waiting_queries.append(awaited)
 
     def _give_up(self, now: float) -> None:
         """Refuse or answer those for whom what they wait for may not come."""
