@@ -8,8 +8,8 @@ the data loader and its pools, the SDK's calls, Couchbase's health, tokens, log,
 All is done by the event loop's one thread, so no state has two owners and nothing needs a lock. Other threads make one
 blocking call to Couchbase each and hand the result back to the loop. The way of a request::
 
-    socket -> asyncio -> Connection.data_received -> Framer -> ProfileHandler.do_GET --await--+- Get: a Batch of keys
-    socket <- transport.write <- ProfileHandler.send <------- result, back in the loop -------+- Query: rows
+    socket -> asyncio -> Connection.data_received -> Framer -> ProfileHandler.do_GET --await--+- get: a Batch of keys
+    socket <- transport.write <- ProfileHandler.send <------- result, back in the loop -------+- query: rows
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def _problem(status: int, detail: str) -> str:
 
 # ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
 # A `Connection` makes one for each whole request and calls `parse_request`. `do_GET` is a coroutine that awaits nothing
-# but the store, which yields a `Get` or a `Query`; `resume` steps it, once at the beginning and once for each result.
+# but the store, which yields what it waits for; `resume` steps it, once at the beginning and once for each result.
 
 JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+json", "text/html; charset=utf-8"
 CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # as a page a picture may run nothing
@@ -271,7 +271,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
     command = path = query = route = ""
     request_version, close_connection = "HTTP/1.1", True
     cut_off = ""  # for the log, of an answer of which `response` has only what was sent
-    _steps: Coroutine[Get | Query, Any, None]
+    _steps: Coroutine[tuple[Source, str] | Query, Any, None]
 
     def __init__(self, request: Head | ProblemError, connection: Connection, server: ProfileServer) -> None:
         """Take a request head, or why the bytes received are not one; the base class would read from a socket."""
@@ -308,8 +308,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
         """Go on with what the last await returns, or raises; return whether the answer is there."""
         try:
             awaited = self._steps.throw(outcome) if isinstance(outcome, Exception) else self._steps.send(outcome)
-            awaited.handler = self
-            awaited.loader.load(awaited)
+            self.server.store.loader.load(self, awaited)
             return False
         except StopIteration:
             return True
@@ -548,13 +547,13 @@ class ProfileStore:
         self.loader = Loader(self, settings.threads, log)
 
     @types.coroutine
-    def get(self, collection: str, key: str) -> Generator[Get, Document, Document]:
+    def get(self, collection: str, key: str) -> Generator[tuple[Source, str], Document, Document]:
         """Get one document; raises 503 where nobody is to be asked for it."""
         health, replica = self.health, False
         if health.degraded:
             replica = vbucket(key) in health.down
             (health.replica_breaker if replica else health.breaker).admit(time.monotonic())
-        return (yield Get(self.loader, collection, key, replica))
+        return (yield (collection, replica), key)
 
     @types.coroutine
     def query(self, statement: str, parameters: dict[str, object]) -> Generator[Query, list[bytes], list[bytes]]:
@@ -1377,10 +1376,13 @@ def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, s
 
 
 # ── The data loader and the pools ─────────────────────────────────────────────────────────────────────────────────────
-# The store yields a `Get` or a `Query`, which `ProfileHandler.resume` gives to the `Loader`. At the end of each turn of
-# the event loop the loader makes one `Batch` of the documents that wait (hence a data loader), and gives batches and
-# queries to the threads of their pools. A thread does a job's `call`; back in the loop `finish` takes what came of it.
+# The store yields a `Query`, or a document's source and key, and `ProfileHandler.resume` gives it to the `Loader`. At
+# the end of each turn of the event loop that makes one `Batch` of the documents that wait (hence a data loader), and
+# gives batches and queries to the threads of their pools. A thread does a job's `call`; back in the loop `finish` takes
+# what came of it, and resumes the handlers.
 
+Source: TypeAlias = tuple[str, bool]  # the collection, and whether replicas are asked
+Waiting: TypeAlias = dict[str, list["ProfileHandler"]]  # for documents, by key
 Jobs: TypeAlias = "queue.SimpleQueue[Batch | Query | None]"  # the way to a thread; None ends it
 
 
@@ -1428,17 +1430,8 @@ class Pool:
             jobs.put(None)
 
 
-class Get:
-    """A document; the handler that waits for it is resumed with what comes of it, or with a ProblemError."""
-
-    handler: ProfileHandler
-
-    def __init__(self, loader: Loader, collection: str, key: str, replica: bool) -> None:
-        self.loader, self.collection, self.key, self.replica = loader, collection, key, replica
-
-
 class Query:
-    """Rows, as a `Get` has a document; and the job that brings them."""
+    """Rows that are wanted, and the job that brings them."""
 
     handler: ProfileHandler
     given_up, started = False, 0.0  # by the loader; monotonic seconds
@@ -1475,27 +1468,25 @@ class Batch:
 
     given_up = False
 
-    def __init__(self, waiting: dict[str, list[Get]], now: float, size: int = 0) -> None:  # of its answers, if large
-        self.waiting, self._started, self._bytes, keys = waiting, now, size, list(waiting)
-        self._first = first = waiting[keys[0]][0]  # all are of its collection, and none has waited for longer
-        database, waited = first.loader.store.database, now - first.handler.started
+    def __init__(self, loader: Loader, source: Source, waiting: Waiting, now: float, held_bytes: int = 0) -> None:
+        self.loader, self.waiting, self._started, self._bytes, keys = loader, waiting, now, held_bytes, list(waiting)
+        database, waited = loader.store.database, now - waiting[keys[0]][0].started  # none has waited for longer
         seconds = max(0.01, database.timeout_seconds - waited) if waited > Loader.slack_seconds else 0.0
-        self.call = functools.partial(database.fetch, first.collection, keys, seconds, replica=first.replica)
+        self.call = functools.partial(database.fetch, source[0], keys, seconds, replica=source[1])
 
     def finish(self, outcome: Any) -> None:
         """Answer whoever waits; all answers are made before the first is sent: that wakes receivers up less often."""
-        loader, store, answered, operation = self._first.loader, self._first.loader.store, [], None
+        loader, answered, operation = self.loader, [], None
         found: Mapping[str, Document | ProblemError] = {}
         if isinstance(outcome, tuple):
             operation, documents, _ = outcome
-            found = store.judge(outcome)
+            found = loader.store.judge(outcome)
             if documents:
                 size = len(next(iter(documents.values())).value)
                 loader.sizes[operation.target] += (size - loader.sizes[operation.target]) // 4
         loader.fetching_bytes -= self._bytes
-        for key, gets in self.waiting.items():
-            for get in gets:
-                handler = get.handler
+        for key, handlers in self.waiting.items():
+            for handler in handlers:
                 handler.operation, handler.queue_seconds = operation, self._started - handler.started
                 if handler.resume(found.get(key, outcome)):
                     answered.append(handler)
@@ -1517,23 +1508,23 @@ class Loader:
     def __init__(self, store: ProfileStore, query_threads: int, log: Log) -> None:
         self.store, self._log = store, log
         self._dispatched_at = self.adhoc_until = 0.0  # monotonic seconds; until the latter, statements go unprepared
-        # by collection and whether replicas are asked, then by key, in the order of asking
-        self.waiting: dict[tuple[str, bool], dict[str, list[Get]]] = {}
+        self.waiting: dict[Source, Waiting] = {}  # in the order of asking
         self.sizes = {USERS: 0, IMAGES: 6 << 20}  # of a collection's documents lately: a mean; at first a guess
         self.fetching_bytes, self.writing = 0, set[Connection]()  # of large documents; who has an answer half sent
         self.waiting_queries, self.running = deque[Query](), set[Query]()
         self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)  # apart: a bulkhead
         self.singles = Pool(self.single_threads, log)  # while degraded, for one document each
 
-    def load(self, awaited: Get | Query) -> None:
-        """Have a document or rows fetched."""
-        if isinstance(awaited, Get):
-            waiting = self.waiting.setdefault((awaited.collection, awaited.replica), {})
-            waiting.setdefault(awaited.key, []).append(awaited)
+    def load(self, handler: ProfileHandler, wanted: tuple[Source, str] | Query) -> None:
+        """Have a document, by its source and key, or rows fetched for a handler."""
+        if isinstance(wanted, Query):
+            wanted.handler = handler
+            self.waiting_queries.append(wanted)
+        else:
+            waiting = self.waiting.setdefault(wanted[0], {})
+            waiting.setdefault(wanted[1], []).append(handler)
             if len(waiting) == self.batch_size:
                 self.dispatch()
-        else:
-            self.waiting_queries.append(awaited)
 
     def _give_up(self, now: float) -> None:
         """Refuse or answer those for whom what they wait for may not come."""
@@ -1549,35 +1540,36 @@ class Loader:
             self._log.event("error", "a query is overdue; its worker is given up", route=query.handler.route)
             query.finish(cb.TimeoutException("the SDK does not give it back"))
 
-    def _fetch(self, pool: Pool, name: tuple[str, bool], keys: Collection[str], now: float) -> bool:
+    def _fetch(self, pool: Pool, source: Source, keys: Collection[str], now: float) -> bool:
         """Have a collection's documents fetched, of large ones what the bound allows; tell whether any is."""
-        waiting, size, taken = self.waiting[name], self.sizes[name[0]], dict[str, list[Get]]()
+        waiting, size, taken = self.waiting[source], self.sizes[source[0]], Waiting()
         if size * self.batch_size * self.threads <= self.most_bytes:
             every = len(keys) == len(waiting)
-            pool.run(Batch(self.waiting.pop(name) if every else {key: waiting.pop(key) for key in keys}, now))
+            taken = self.waiting.pop(source) if every else {key: waiting.pop(key) for key in keys}
+            pool.run(Batch(self, source, taken, now))
             return True
         sending = [each for each in self.writing if each.deadline - each.write_seconds > now - self.sending_seconds]
         held = self.fetching_bytes + sum(each.transport.get_write_buffer_size() for each in sending)
         room = max((self.most_bytes - held) // size, not held)
-        answers = [*itertools.islice((get for key in keys for get in waiting[key]), room)]
-        for get in answers:
-            taken.setdefault(get.key, []).append(waiting[get.key].pop(0))
-            if not waiting[get.key]:
-                del waiting[get.key]
+        answers = [*itertools.islice((key for key in keys for _ in waiting[key]), room)]
+        for key in answers:
+            taken.setdefault(key, []).append(waiting[key].pop(0))
+            if not waiting[key]:
+                del waiting[key]
         if not waiting:
-            del self.waiting[name]
+            del self.waiting[source]
         if answers:
             self.fetching_bytes += size * len(answers)
-            pool.run(Batch(taken, now, size * len(answers)))
+            pool.run(Batch(self, source, taken, now, size * len(answers)))
         return bool(answers)
 
-    def _refuse(self, name: tuple[str, bool], keys: list[str], now: float) -> None:
+    def _refuse(self, source: Source, keys: list[str], now: float) -> None:
         """Refuse those who asked for documents so long ago that no caller would wait for them."""
-        waiting = self.waiting[name]
+        waiting = self.waiting[source]
         late = {key: waiting.pop(key) for key in keys}
         if not waiting:
-            del self.waiting[name]
-        Batch(late, now).finish(ProblemError(503, "overloaded: no thread is free", rejected="overloaded"))
+            del self.waiting[source]
+        Batch(self, source, late, now).finish(ProblemError(503, "overloaded: no thread is free", rejected="overloaded"))
 
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free (else batches grow); collections take turns."""
@@ -1585,28 +1577,27 @@ class Loader:
         if self.running or self.waiting_queries:
             self._give_up(now)
         latest = now - self.store.database.timeout_seconds
-        for name, keys in [*self.waiting.items()]:
-            if next(iter(keys.values()))[0].handler.started < latest:
-                self._refuse(name, [key for key, gets in keys.items() if gets[0].handler.started < latest], now)
+        for source, keys in [*self.waiting.items()]:
+            if next(iter(keys.values()))[0].started < latest:
+                self._refuse(source, [key for key, handlers in keys.items() if handlers[0].started < latest], now)
         if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
             self.store.health.degrade(1.0)
         degraded, slow = self.store.health.degraded, self.store.health.slow
-        for name in () if degraded else [*self.waiting] * self._batches.free:  # in turn
-            if self._batches.free and name in self.waiting:
-                keys, self._dispatched_at = self.waiting[name], now
-                most = 1 if name[1] else self.batch_size
+        for source in () if degraded else [*self.waiting] * self._batches.free:  # in turn
+            if self._batches.free and source in self.waiting:
+                keys, self._dispatched_at = self.waiting[source], now
+                most = 1 if source[1] else self.batch_size
                 few = keys if len(keys) <= most else [*itertools.islice(keys, most)]
-                if self._fetch(self._batches, name, few, now) and name in self.waiting:
-                    self.waiting[name] = self.waiting.pop(name)  # it comes behind the others
+                if self._fetch(self._batches, source, few, now) and source in self.waiting:
+                    self.waiting[source] = self.waiting.pop(source)  # it comes behind the others
         if degraded and slow is not None:
-            for name, keys in [*self.waiting.items()]:
+            for source, keys in [*self.waiting.items()]:
                 for key in [*itertools.islice(keys, self.single_threads)]:
-                    first = keys[key][0]
-                    apart = vbucket(key) in slow and not first.replica
-                    if first.handler.started < latest:
-                        self._refuse(name, [key], now)
+                    apart = vbucket(key) in slow and not source[1]
+                    if keys[key][0].started < latest:
+                        self._refuse(source, [key], now)
                     elif self.singles.free > self.single_threads // 2 * apart:  # what is slow takes half at most
-                        self._fetch(self.singles, name, [key], now)
+                        self._fetch(self.singles, source, [key], now)
                     elif apart:  # others are looked at first the next time
                         keys[key] = keys.pop(key)
         while self.waiting_queries and self._queries.free:
