@@ -455,10 +455,6 @@ _INDEX = "CREATE INDEX by_{0} IF NOT EXISTS ON `{1}`({0})\nBUILD INDEX ON `{1}`(
 MISSING_INDEX = "\n".join(_INDEX.format(name, USERS) for name in _INDEXED)
 
 
-class NoTokenError(Exception):
-    """Couchbase answers, but has no usable token; the message is one line that says what to do."""
-
-
 class Document(NamedTuple):
     """A document as stored: raw JSON, and the CAS that changes with every mutation."""
 
@@ -1662,16 +1658,16 @@ class Database:
         return list(self._scope.query(statement, options))
 
     def fetch_token(self) -> str:
-        """Return the service's token; NoTokenError if it answers that there is none, else what the SDK raises."""
+        """Return the service's token; LookupError, with what to do, if there is none, else what the SDK raises."""
         try:
             found = self._collections[AUTH].lookup_in(TOKEN_KEY, [path_get(TOKEN_PATH)])
             token = json.loads(found.content_as[bytes](0))
         except cb.DocumentNotFoundException as error:
-            raise NoTokenError(f"the token document {TOKEN_KEY!r} does not exist in {AUTH!r}: {PROVISION}") from error
+            raise LookupError(f"the token document {TOKEN_KEY!r} does not exist in {AUTH!r}: {PROVISION}") from error
         except (cb.PathNotFoundException, cb.PathMismatchException, cb.DocumentNotJsonException) as error:
-            raise NoTokenError(f"the token document {TOKEN_KEY!r} has no field {TOKEN_PATH!r}: {PROVISION}") from error
+            raise LookupError(f"the token document {TOKEN_KEY!r} has no field {TOKEN_PATH!r}: {PROVISION}") from error
         if not isinstance(token, str) or not re.fullmatch(r"[!-~]{1,4096}", token):
-            raise NoTokenError(f"the token in {TOKEN_KEY!r} is not 1 to 4096 visible ASCII characters: {PROVISION}")
+            raise LookupError(f"the token in {TOKEN_KEY!r} is not 1 to 4096 visible ASCII characters: {PROVISION}")
         return token
 
     def probe(self, vbuckets: Collection[int], seconds: float) -> set[int]:
@@ -1936,7 +1932,7 @@ class Health:
             outcome, self.answered_at = failure.outcome, self.answered_at if failure.outage else time.monotonic()
             advice = f"{failure.detail} (scope {scope!r}): {failure.advice}"
             self._missing = advice if failure.advice else "not connected yet"
-            if isinstance(error, NoTokenError):
+            if isinstance(error, LookupError):  # Couchbase answers, but has no usable token
                 outcome, self._missing = "not_found", str(error)
             raise
         finally:
