@@ -8,8 +8,8 @@ the data loader and its pools, the SDK's calls, Couchbase's health, tokens, log,
 All is done by the event loop's one thread, so no state has two owners and nothing needs a lock. Other threads make one
 blocking call to Couchbase each and hand the result back to the loop. The way of a request::
 
-    socket -> asyncio -> Connection.data_received -> Framer -> ProfileHandler.do_GET --await--+- Get: a Batch of keys
-    socket <- transport.write <- ProfileHandler.send <------- result, back in the loop -------+- Query: rows
+    socket -> asyncio -> Connection.data_received -> Framer -> ProfileHandler.do_GET --await--+- get: a Batch of keys
+    socket <- transport.write <- ProfileHandler.send <------- result, back in the loop -------+- query: rows
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ import ssl
 import sys
 import threading
 import time
+import types
 import zlib
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -80,7 +81,7 @@ Check: TypeAlias = tuple[str, Callable[[str], Any]]  # what a value has to be, a
 
 
 class SettingsError(Exception):
-    """A setting is missing or has a value that is not allowed; the message is one line for the operator."""
+    """A setting is missing, not allowed, or refused by Couchbase; the message is one line for the operator."""
 
 
 def _row(default: object, check: Check, meaning: str, *, secret: bool = False) -> Any:
@@ -244,8 +245,8 @@ def _problem(status: int, detail: str) -> str:
 
 
 # ── The handler: one request in, one answer out ───────────────────────────────────────────────────────────────────────
-# A `Connection` makes one for each whole request. `do_GET` is a coroutine that awaits nothing but the store's `Get` and
-# `Query`; `resume` steps it, once at the beginning and once for each result, and answers problems.
+# A `Connection` makes one for each whole request. `do_GET` is a coroutine that awaits nothing but the store, which
+# yields what it waits for; `resume` steps it, once at the beginning and once for each result, and answers problems.
 
 JSON_TYPE, PROBLEM_TYPE, HTML_TYPE = "application/json", "application/problem+json", "text/html; charset=utf-8"
 CONTENT_POLICY = "Content-Security-Policy: default-src 'none'; sandbox\r\n"  # as a page a picture may run nothing
@@ -282,14 +283,13 @@ class ProfileHandler(BaseHTTPRequestHandler):
         given = self.headers.get("x-request-id", "")
         self.request_id = given if given and _SANE_REQUEST_ID.fullmatch(given) else next(server.request_ids)
         method = None if connection.framer.refused else getattr(self, "do_" + self.command, None)
-        self._steps: Coroutine[Awaited, Any, None] = method() if method else self._refuse(request)
+        self._steps: Coroutine[Wanted, Any, None] = method() if method else self._refuse(request)
 
     def resume(self, outcome: Document | list[bytes] | Exception | None = None) -> bool:
         """Begin, or go on with what the last await returns, or raises; return whether the answer is there."""
         try:
             awaited = self._steps.throw(outcome) if isinstance(outcome, Exception) else self._steps.send(outcome)
-            awaited.handler = self
-            awaited.loader.load(awaited)
+            self.server.store.loader.load(self, awaited)
             return False
         except StopIteration:
             return True
@@ -377,7 +377,7 @@ class ProfileHandler(BaseHTTPRequestHandler):
             self.server.metrics.numbers["auth_failures_total",] += 1
             raise ProblemError(401, "a valid bearer token is required")
 
-    def stored(self, collection: str, parameter: str) -> Get:
+    def stored(self, collection: str, parameter: str) -> Awaitable[Document]:
         """Return what to await for the document `{collection}:{parameter}`; 400 for an id that no key can hold."""
         if "%" in parameter or not parameter:
             parameter = decode_segment(parameter)
@@ -440,10 +440,6 @@ _INDEX = "CREATE INDEX by_{0} IF NOT EXISTS ON `{1}`({0})\nBUILD INDEX ON `{1}`(
 MISSING_INDEX = "\n".join(_INDEX.format(name, USERS) for name in _INDEXED)
 
 
-class FatalError(Exception):
-    """Something that waiting cannot cure; the message is one line that says what to do."""
-
-
 class NoTokenError(Exception):
     """Couchbase answers, but has no usable token; the message is one line that says what to do."""
 
@@ -486,29 +482,23 @@ class Failure(NamedTuple):
 
 
 _OUT_OF_REACH, _SCHEMA = "Couchbase is out of reach", "the database's schema is incomplete"
-_TOO_SLOW = "Couchbase did not answer in time"
 _REFUSED = "Couchbase refuses the user: check COUCHBASE_USER, its password, and that it may read this scope"
 _TIMEOUTS = (cb.AmbiguousTimeoutException, cb.UnAmbiguousTimeoutException, cb.TimeoutException)
 _OUTAGES: tuple[Any, ...] = (cb.TemporaryFailException, cb.ServiceUnavailableException, cb.RequestCanceledException)
 _OUTAGES += (cb.MissingConnectionException, cb.InternalServerFailureException, cb.RateLimitedException)
 _OUTAGES += (cb.QuotaLimitedException, cb.HTTPException, cb.DocumentUnretrievableException)
-_NO_BUCKET = (cb.BucketNotFoundException, cb.BucketDoesNotExistException)
+_BUCKET = (cb.BucketNotFoundException, cb.BucketDoesNotExistException)
 _UNKNOWN = (cb.ScopeNotFoundException, cb.CollectionNotFoundException, cb.KeyspaceNotFoundException)
-_NO_SCHEMA = Failure(_UNKNOWN, 500, _SCHEMA, PROVISION)
-_NO_INDEX = Failure((cb.QueryIndexNotFoundException,), 500, _SCHEMA, MISSING_INDEX)
+_NOT_FOUND = Failure((cb.DocumentNotFoundException,), 404, "no such document")
+_TIMED_OUT = Failure(_TIMEOUTS, 504, "Couchbase did not answer in time", outage=True)
 _NO_ACCESS = Failure((cb.AuthenticationException,), 503, _OUT_OF_REACH, _REFUSED, outage=True)
 _COME_AGAIN = Failure(_OUTAGES, 503, _OUT_OF_REACH, outage=True)
-FAILURES = (  # the first row that fits counts
-    Failure((cb.DocumentNotFoundException,), 404, "no such document"),
-    Failure(_TIMEOUTS, 504, _TOO_SLOW, outage=True),
-    _NO_ACCESS,
-    _COME_AGAIN,
-    Failure((cb.DocumentLockedException,), 503, "the document is locked"),
-    Failure(_NO_BUCKET, 503, _OUT_OF_REACH, f"the bucket is gone: create it again, then {PROVISION}", outage=True),
-    _NO_SCHEMA,
-    _NO_INDEX,
-    Failure((cb.ValueFormatException,), 500, "the document is not JSON", "store this document as JSON"),
-)
+_LOCKED = Failure((cb.DocumentLockedException,), 503, "the document is locked")
+_NO_BUCKET = Failure(_BUCKET, 503, _OUT_OF_REACH, f"the bucket is gone: create it again, then {PROVISION}", outage=True)
+_NO_SCHEMA = Failure(_UNKNOWN, 500, _SCHEMA, PROVISION)
+_NO_INDEX = Failure((cb.QueryIndexNotFoundException,), 500, _SCHEMA, MISSING_INDEX)
+_NO_JSON = Failure((cb.ValueFormatException,), 500, "the document is not JSON", "store this document as JSON")
+FAILURES = (_NOT_FOUND, _TIMED_OUT, _NO_ACCESS, _COME_AGAIN, _LOCKED, _NO_BUCKET, _NO_SCHEMA, _NO_INDEX, _NO_JSON)
 # By the query service's code: indexes or data that are out of reach, and statements whose plan has changed meanwhile.
 _BY_CODE = dict.fromkeys((4080, 4090, 12008, 12009, 12015, 12020, *range(14000, 15000)), _COME_AGAIN)
 _BY_CODE |= {2120: _NO_ACCESS, 4000: _NO_INDEX, 12003: _NO_SCHEMA, 12021: _NO_SCHEMA}
@@ -518,7 +508,7 @@ UNEXPECTED = Failure((), 500, "unexpected failure", "not foreseen: see the error
 def failure_of(error: BaseException) -> Failure:
     """Return the row of the failure map for an exception."""
     if type(error) is cb.DocumentNotFoundException:  # by far the most frequent
-        return FAILURES[0]
+        return _NOT_FOUND
     context, timed_out = error_context(error), isinstance(error, _TIMEOUTS)
     code, unauthorized = context.get("first_error_code") or 0, context.get("http_status") == HTTPStatus.UNAUTHORIZED
     # What the SDK has no class of its own for. A retry's reason explains only why there was no other answer.
@@ -541,18 +531,22 @@ class ProfileStore:
         self.health = Health(self.database, self.tokens, log, metrics)
         self.loader = Loader(self, settings.threads, log)
 
-    def get(self, collection: str, key: str) -> Get:
-        """Return what to await for one document; raises 503 where nobody is to be asked for it."""
+    @types.coroutine
+    def get(self, collection: str, key: str) -> Generator[tuple[Source, str], Document, Document]:
+        """Get one document; raises 503 where nobody is to be asked for it."""
         health, replica = self.health, False
         if health.degraded:
             replica = vbucket(key) in health.down
             (health.replica_breaker if replica else health.breaker).admit(time.monotonic())
-        return Get(self.loader, collection, key, replica)
+        return (yield (collection, replica), key)
 
-    def query(self, statement: str, parameters: dict[str, object]) -> Query:
-        """Return what to await for the rows of a statement, raw JSON each; raises 503 while the breaker is open."""
+    @types.coroutine
+    def query(self, statement: str, parameters: dict[str, object]) -> Generator[Query, list[bytes], list[bytes]]:
+        """Get the rows of a statement, raw JSON each; raises 503 while the breaker is open, or too many wait."""
+        if len(self.loader.waiting_queries) >= self.loader.most_queries:
+            raise ProblemError(503, "overloaded: too many queries wait", rejected="overloaded")
         self.health.query_breaker.admit(time.monotonic())
-        return Query(self.loader, statement, parameters)
+        return (yield Query(self.loader, statement, parameters))
 
     def judge(self, fetched: Fetched) -> Mapping[str, Document | ProblemError]:
         """Judge what an operation on documents has brought: for Couchbase's health, and for each caller by key."""
@@ -708,7 +702,7 @@ class ProfileServer(ThreadingHTTPServer):
             try:
                 await health.start()
                 break
-            except FatalError as error:
+            except SettingsError as error:  # which waiting cannot cure
                 self.failure = str(error)
                 self.log.event("error", "cannot serve", advice=self.failure)
                 return self.shutdown()
@@ -1311,10 +1305,14 @@ def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, s
 
 
 # ── The data loader and the pools ─────────────────────────────────────────────────────────────────────────────────────
-# A handler awaits a `Get` or a `Query`, which `ProfileHandler.resume` gives to the `Loader`. At the end of each turn of
-# the event loop the loader makes one `Batch` of the documents that wait (hence a data loader), and gives batches and
-# queries to the threads of their pools. A thread does a job's `call`; back in the loop `finish` takes what came of it.
+# The store yields a `Query`, or a document's source and key, and `ProfileHandler.resume` gives it to the `Loader`. At
+# the end of each turn of the event loop that makes one `Batch` of the documents that wait (hence a data loader), and
+# gives batches and queries to the threads of their pools. A thread does a job's `call`; back in the loop `finish` takes
+# what came of it, and resumes the handlers.
 
+Source: TypeAlias = tuple[str, bool]  # the collection, and whether replicas are asked
+Wanted: TypeAlias = "tuple[Source, str] | Query"  # a document by its source and key, or rows
+Waiting: TypeAlias = dict[str, list["ProfileHandler"]]  # for documents, by key
 Jobs: TypeAlias = "queue.SimpleQueue[Batch | Query | None]"  # the way to a thread; None ends it
 
 
@@ -1362,26 +1360,10 @@ class Pool:
             jobs.put(None)
 
 
-class Awaited:
-    """What a handler awaits: it is resumed with what comes of it, or with a ProblemError."""
+class Query:
+    """Rows that are wanted, and the job that brings them."""
 
-    loader: Loader
     handler: ProfileHandler
-
-    def __await__(self) -> Generator[Awaited, Any, Any]:
-        return (yield self)
-
-
-class Get(Awaited):
-    """A document."""
-
-    def __init__(self, loader: Loader, collection: str, key: str, replica: bool) -> None:
-        self.loader, self.collection, self.key, self.replica = loader, collection, key, replica
-
-
-class Query(Awaited):
-    """Rows, and the job that brings them."""
-
     given_up, started = False, 0.0  # by the loader; monotonic seconds
 
     def __init__(self, loader: Loader, statement: str, parameters: dict[str, object]) -> None:
@@ -1397,7 +1379,7 @@ class Query(Awaited):
         """Answer with what came of it, and judge by it whether the query service is well."""
         store, now, breaker = self.loader.store, time.monotonic(), self.loader.store.health.query_breaker
         self.loader.running.discard(self)
-        if not isinstance(outcome, ProblemError):  # else nothing has been asked for, or its end is no longer waited for
+        if not isinstance(outcome, ProblemError):  # else nothing has been asked for
             failure = failure_of(outcome) if isinstance(outcome, Exception) else None
             if failure and failure.outage:
                 breaker.failed(self.started, now)
@@ -1416,27 +1398,25 @@ class Batch:
 
     given_up = False
 
-    def __init__(self, waiting: dict[str, list[Get]], now: float, size: int = 0) -> None:  # of its answers, if large
-        self.waiting, self._started, self._bytes, keys = waiting, now, size, list(waiting)
-        self._first = first = waiting[keys[0]][0]  # all are of its collection, and none has waited for longer
-        database, waited = first.loader.store.database, now - first.handler.started
+    def __init__(self, loader: Loader, source: Source, waiting: Waiting, now: float, held_bytes: int = 0) -> None:
+        self.loader, self.waiting, self._started, self._bytes, keys = loader, waiting, now, held_bytes, list(waiting)
+        database, waited = loader.store.database, now - waiting[keys[0]][0].started  # none has waited for longer
         seconds = max(0.01, database.timeout_seconds - waited) if waited > Loader.slack_seconds else 0.0
-        self.call = functools.partial(database.fetch, first.collection, keys, seconds, replica=first.replica)
+        self.call = functools.partial(database.fetch, source[0], keys, seconds, replica=source[1])
 
     def finish(self, outcome: Any) -> None:
         """Answer whoever waits; all answers are made before the first is sent: that wakes receivers up less often."""
-        loader, store, answered, operation = self._first.loader, self._first.loader.store, [], None
+        loader, answered, operation = self.loader, [], None
         found: Mapping[str, Document | ProblemError] = {}
         if isinstance(outcome, tuple):
             operation, documents, _ = outcome
-            found = store.judge(outcome)
+            found = loader.store.judge(outcome)
             if documents:
                 size = len(next(iter(documents.values())).value)
                 loader.sizes[operation.target] += (size - loader.sizes[operation.target]) // 4
         loader.fetching_bytes -= self._bytes
-        for key, gets in self.waiting.items():
-            for get in gets:
-                handler = get.handler
+        for key, handlers in self.waiting.items():
+            for handler in handlers:
                 handler.operation, handler.queue_seconds = operation, self._started - handler.started
                 if handler.resume(found.get(key, outcome)):
                     answered.append(handler)
@@ -1458,26 +1438,23 @@ class Loader:
     def __init__(self, store: ProfileStore, query_threads: int, log: Log) -> None:
         self.store, self._log = store, log
         self._dispatched_at = self.adhoc_until = 0.0  # monotonic seconds; until the latter, statements go unprepared
-        # by collection and whether replicas are asked, then by key, in the order of asking
-        self.waiting: dict[tuple[str, bool], dict[str, list[Get]]] = {}
+        self.waiting: dict[Source, Waiting] = {}  # in the order of asking
         self.sizes = {USERS: 0, IMAGES: 6 << 20}  # of a collection's documents lately: a mean; at first a guess
         self.fetching_bytes, self.writing = 0, set[Connection]()  # of large documents; who has an answer half sent
         self.waiting_queries, self.running = deque[Query](), set[Query]()
         self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)  # apart: a bulkhead
         self.singles = Pool(self.single_threads, log)  # while degraded, for one document each
 
-    def load(self, awaited: Awaited) -> None:
-        """Have a document or rows fetched, unless too many queries wait."""
-        if isinstance(awaited, Query):
-            if len(self.waiting_queries) >= self.most_queries:
-                return awaited.finish(ProblemError(503, "overloaded: too many queries wait", rejected="overloaded"))
-            self.waiting_queries.append(awaited)
-        elif isinstance(awaited, Get):
-            waiting = self.waiting.setdefault((awaited.collection, awaited.replica), {})
-            waiting.setdefault(awaited.key, []).append(awaited)
+    def load(self, handler: ProfileHandler, wanted: Wanted) -> None:
+        """Have fetched what a handler waits for."""
+        if isinstance(wanted, Query):
+            wanted.handler = handler
+            self.waiting_queries.append(wanted)
+        else:
+            waiting = self.waiting.setdefault(wanted[0], {})
+            waiting.setdefault(wanted[1], []).append(handler)
             if len(waiting) == self.batch_size:
                 self.dispatch()
-        return None
 
     def _give_up(self, now: float) -> None:
         """Refuse or answer those for whom what they wait for may not come."""
@@ -1491,40 +1468,38 @@ class Loader:
             query.given_up, self.adhoc_until = True, now + 60.0
             self._queries.free += 1
             self._log.event("error", "a query is overdue; its worker is given up", route=query.handler.route)
-            self.store.health.query_breaker.failed(query.started, now)
-            query.finish(ProblemError(504, _TOO_SLOW))
+            query.finish(cb.TimeoutException("the SDK does not give it back"))
 
-    def _fetch(self, pool: Pool, name: tuple[str, bool], keys: Collection[str], now: float) -> bool:
+    def _fetch(self, pool: Pool, source: Source, keys: Collection[str], now: float) -> bool:
         """Have a collection's documents fetched, of large ones what the bound allows; tell whether any is."""
-        waiting, size, taken = self.waiting[name], self.sizes[name[0]], dict[str, list[Get]]()
+        waiting, size, taken = self.waiting[source], self.sizes[source[0]], Waiting()
         if size * self.batch_size * self.threads <= self.most_bytes:
             every = len(keys) == len(waiting)
-            pool.run(Batch(self.waiting.pop(name) if every else {key: waiting.pop(key) for key in keys}, now))
+            taken = self.waiting.pop(source) if every else {key: waiting.pop(key) for key in keys}
+            pool.run(Batch(self, source, taken, now))
             return True
         sending = [each for each in self.writing if each.deadline - each.write_seconds > now - self.sending_seconds]
         held = self.fetching_bytes + sum(each.transport.get_write_buffer_size() for each in sending)
-        room = answers = max((self.most_bytes - held) // size, not held)
-        for key in [*keys] if room > 0 else ():
-            taken[key], waiting[key] = waiting[key][:room], waiting[key][room:]
-            room -= len(taken[key])
+        room = max((self.most_bytes - held) // size, not held)
+        answers = [*itertools.islice((key for key in keys for _ in waiting[key]), room)]
+        for key in answers:
+            taken.setdefault(key, []).append(waiting[key].pop(0))
             if not waiting[key]:
                 del waiting[key]
-            if not room:
-                break
         if not waiting:
-            del self.waiting[name]
-        if taken:
-            self.fetching_bytes += size * (answers - room)
-            pool.run(Batch(taken, now, size * (answers - room)))
-        return bool(taken)
+            del self.waiting[source]
+        if answers:
+            self.fetching_bytes += size * len(answers)
+            pool.run(Batch(self, source, taken, now, size * len(answers)))
+        return bool(answers)
 
-    def _refuse(self, name: tuple[str, bool], keys: list[str], now: float) -> None:
+    def _refuse(self, source: Source, keys: list[str], now: float) -> None:
         """Refuse those who asked for documents so long ago that no caller would wait for them."""
-        waiting = self.waiting[name]
+        waiting = self.waiting[source]
         late = {key: waiting.pop(key) for key in keys}
         if not waiting:
-            del self.waiting[name]
-        Batch(late, now).finish(ProblemError(503, "overloaded: no thread is free", rejected="overloaded"))
+            del self.waiting[source]
+        Batch(self, source, late, now).finish(ProblemError(503, "overloaded: no thread is free", rejected="overloaded"))
 
     def dispatch(self) -> None:
         """Give what waits to threads, as far as they are free (else batches grow); collections take turns."""
@@ -1532,29 +1507,27 @@ class Loader:
         if self.running or self.waiting_queries:
             self._give_up(now)
         latest = now - self.store.database.timeout_seconds
-        for name, keys in [*self.waiting.items()]:
-            if next(iter(keys.values()))[0].handler.started < latest:
-                self._refuse(name, [key for key, gets in keys.items() if gets[0].handler.started < latest], now)
+        for source, keys in [*self.waiting.items()]:
+            if next(iter(keys.values()))[0].started < latest:
+                self._refuse(source, [key for key, handlers in keys.items() if handlers[0].started < latest], now)
         if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
             self.store.health.degrade(1.0)
         degraded, slow = self.store.health.degraded, self.store.health.slow
-        collections = deque(() if degraded else self.waiting)
-        while collections and self._batches.free:
-            keys, self._dispatched_at = self.waiting[name := collections.popleft()], now
-            most = 1 if name[1] else self.batch_size
-            few = keys if len(keys) <= most else [*itertools.islice(keys, most)]
-            if self._fetch(self._batches, name, few, now) and name in self.waiting:
-                collections.append(name)
-                self.waiting[name] = self.waiting.pop(name)  # it comes behind the others
+        for source in () if degraded else [*self.waiting] * self._batches.free:  # in turn
+            if self._batches.free and source in self.waiting:
+                keys, self._dispatched_at = self.waiting[source], now
+                most = 1 if source[1] else self.batch_size
+                few = keys if len(keys) <= most else [*itertools.islice(keys, most)]
+                if self._fetch(self._batches, source, few, now) and source in self.waiting:
+                    self.waiting[source] = self.waiting.pop(source)  # it comes behind the others
         if degraded and slow is not None:
-            for name, keys in [*self.waiting.items()]:
+            for source, keys in [*self.waiting.items()]:
                 for key in [*itertools.islice(keys, self.single_threads)]:
-                    first = keys[key][0]
-                    apart = vbucket(key) in slow and not first.replica
-                    if first.handler.started < latest:
-                        self._refuse(name, [key], now)
+                    apart = vbucket(key) in slow and not source[1]
+                    if keys[key][0].started < latest:
+                        self._refuse(source, [key], now)
                     elif self.singles.free > self.single_threads // 2 * apart:  # what is slow takes half at most
-                        self._fetch(self.singles, name, [key], now)
+                        self._fetch(self.singles, source, [key], now)
                     elif apart:  # others are looked at first the next time
                         keys[key] = keys.pop(key)
         while self.waiting_queries and self._queries.free:
@@ -1569,15 +1542,9 @@ class Loader:
 class _AsBytes(RawJSONTranscoder):  # type: ignore[misc]  # the SDK's class is untyped
     """Passes documents and query rows through as the bytes they are: those count, not what a document's flags say."""
 
+    serialize = deserialize = bytes  # the former is not used
     decode_value = staticmethod(lambda value, _flags: value)
     serialize = deserialize = bytes  # of rows; the SDK serializes nothing by it
-
-
-def is_object(value: bytes) -> bool:
-    """Tell whether a stored value is a JSON object."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return isinstance(json.loads(value.decode()), dict)
-    return False
 
 
 class Database:
@@ -1598,7 +1565,6 @@ class Database:
         many, seconds = name == "get_multi", self.probe_seconds if replica else seconds
         options = {"timeout": timedelta(seconds=seconds)} if seconds else {}
         documents: dict[str, Document] = {}
-        errors: dict[str, Exception] = {}
         started, ask = time.monotonic(), getattr(self._collections[collection], name)
         try:
             answer = ask(keys if many else keys[0], **options)
@@ -1607,10 +1573,13 @@ class Database:
         except Exception as error:
             results, errors = {}, dict.fromkeys(keys, error)
         for key, result in results.items():  # `tuple.__new__` takes half the time of Document's own
-            value = result.value  # what is between the only pair of braces is not looked at
-            if (value.rfind(b"{") == 0 and value.find(b"}") == len(value) - 1) or is_object(value):
+            value = result.value
+            simple = value.rfind(b"{") == 0 and value.find(b"}") == len(value) - 1  # one pair of braces: taken as it is
+            try:
+                if not simple and not isinstance(json.loads(value.decode()), dict):
+                    raise ValueError("no object")
                 documents[key] = tuple.__new__(Document, (value, result.cas, replica and result.is_replica))
-            else:
+            except (ValueError, RecursionError):
                 errors[key] = cb.ValueFormatException("no JSON object")
         outcomes = {row.outcome for row in set(map(failure_of, errors.values()))} if errors else {"ok"}
         outcome = min(outcomes - {"not_found"} if many else outcomes, default="ok")  # many: a part may well be missing
@@ -1642,18 +1611,18 @@ class Database:
         return {keys[key] for key, error in answer.exceptions.items() if not failure_of(error).outage}
 
     def connect(self) -> None:
-        """Open the cluster and the bucket, within about 20 s; FatalError for wrong credentials or no such bucket."""
+        """Open the cluster and the bucket, within about 20 s; SettingsError for wrong credentials or no such bucket."""
         settings = self._settings
         user, bucket, doubt = settings.couchbase_user, settings.couchbase_bucket, check_certificates(settings)
         doubtful = _TIMEOUTS if doubt else ()
         try:
             cluster = open_cluster(settings)
         except cb.InvalidArgumentException as error:
-            raise FatalError(f"the SDK refuses COUCHBASE_HOST or its options: {describe(error)}") from error
+            raise SettingsError(f"the SDK refuses COUCHBASE_HOST or its options: {describe(error)}") from error
         except cb.AuthenticationException as error:
-            raise FatalError(f"Couchbase refuses user {user!r}: check {settings.credentials}") from error
+            raise SettingsError(f"Couchbase refuses user {user!r}: check {settings.credentials}") from error
         except doubtful as error:
-            raise FatalError(doubt) from error
+            raise SettingsError(doubt) from error
         try:
             self._scope = cluster.bucket(bucket).scope(settings.couchbase_scope)
         except cb.CouchbaseException as error:
@@ -1665,10 +1634,10 @@ class Database:
                 answer = failure
             missing = f"bucket {bucket!r} does not exist"
             if isinstance(answer, cb.BucketDoesNotExistException):
-                raise FatalError(f"{missing}: create it, or correct COUCHBASE_BUCKET (then {PROVISION})") from error
+                raise SettingsError(f"{missing}: create it, or correct COUCHBASE_BUCKET (then {PROVISION})") from error
             if isinstance(answer, cb.AuthenticationException) or isinstance(error, cb.BucketNotFoundException):
                 roles = "check COUCHBASE_BUCKET, COUCHBASE_PASSWORD and the user's roles"  # the server refuses at once
-                raise FatalError(f"{missing}, or the user has no role for it: {roles}") from error
+                raise SettingsError(f"{missing}, or the user has no role for it: {roles}") from error
             raise  # it was not allowed to ask, or nobody was there: the first failure stands
         self._collections = {name: self._scope.collection(name) for name in (USERS, IMAGES, AUTH)}
         self._cluster, self.connected = cluster, True
@@ -1701,14 +1670,14 @@ def open_cluster(settings: Settings) -> Any:
 
 
 def check_certificates(settings: Settings) -> str:
-    """Return doubt of an issuer; FatalError for a bad certificate: the SDK times out, and compares no host (4.6.3)."""
+    """Return doubt of an issuer; SettingsError: a bad certificate. The SDK times out, and compares no host (4.6.3)."""
     scheme, _, hosts = settings.connection_string.partition("://")
     if scheme != "couchbases" or not settings.couchbase_tls_verify:
         return ""
     try:
         context, doubt = ssl.create_default_context(cafile=settings.couchbase_tls_ca), ""
     except ssl.SSLError as error:
-        raise FatalError(f"COUCHBASE_TLS_CA has no usable certificate: {error.reason}") from error
+        raise SettingsError(f"COUCHBASE_TLS_CA has no usable certificate: {error.reason}") from error
     for seed in re.finditer(r"(?:\[(.*?)\]|([^:,/?\[]+))(?::([0-9]+))?(?:,|/|\Z)", hosts.partition("?")[0]):
         host, port = seed[1] or seed[2], int(seed[3] or 11207)
         try:
@@ -1717,7 +1686,7 @@ def check_certificates(settings: Settings) -> str:
         except ssl.SSLCertVerificationError as error:
             refusal = f"the certificate of {host} is refused ({error.verify_message})"
             if settings.couchbase_tls_ca or error.verify_code not in {18, 19, 20, 21}:  # unknown issuer: X509_V_ERR_…
-                raise FatalError(f"{refusal}: check COUCHBASE_HOST and COUCHBASE_TLS_CA") from error
+                raise SettingsError(f"{refusal}: check COUCHBASE_HOST and COUCHBASE_TLS_CA") from error
             # for the SDK to decide, as it has Mozilla's roots besides the system's
             doubt = f"{refusal}: set COUCHBASE_TLS_CA to the certificate of its authority"
         except OSError:
@@ -1886,7 +1855,7 @@ class Health:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     async def start(self) -> None:
-        """Connect where that is still to be done, and read the token; FatalError for what waiting cannot cure."""
+        """Connect where that is still to be done, and read the token; SettingsError for what waiting cannot cure."""
         if not self._database.connected:
             await self._call(self._database.connect)
         started, outcome = time.monotonic(), "ok"
@@ -2275,7 +2244,6 @@ class Processor:
 # ── The contract, for machines (OpenAPI 3.1) and for people (Swagger UI on it) ────────────────────────────────────────
 # Limits are the constants that the code checks, problems are made by `ProblemError`, schemas follow from examples.
 
-_JSON: TypeAlias = dict[str, Any]
 _DESCRIPTION = f"""User profiles and pictures out of Couchbase; documents are sent as stored.
 A stored value that is no JSON object is answered 500; between its only pair of braces nothing is looked at.
 
@@ -2285,7 +2253,7 @@ Unknown query parameters are ignored. Errors are problem documents (RFC 9457). H
 `X-Content-Type-Options: nosniff`; and `Cache-Control`: `private, no-cache` for 200 and 304 under `/api/`, `no-cache`
 for this document and its page, else `no-store`."""
 # fmt: off
-_EXAMPLES: dict[str, _JSON] = {
+_EXAMPLES: dict[str, dict[str, Any]] = {
     "Profile": {
         "record_id": 1, "name": "Tina Walker", "nickname": "doc", "picture": 1, "user_id": "twalker1",
         "email": "tina.walker1@example.org", "email_verified": True, "first_name": "Tina", "last_name": "Walker",
@@ -2294,15 +2262,14 @@ _EXAMPLES: dict[str, _JSON] = {
     "PictureRecord": {"record_id": 1, "type": "png", "image":
         "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="},
     "Problem": json.loads(ProblemError(503, "not ready", reasons=["draining"]).document("3f9c2a-1d"))}
-_ALWAYS = ("record_id", "title", "status", "detail", "request_id")  # members that no object lacks
-_MEMBERS: dict[str, _JSON] = {  # what their types do not say
+_MEMBERS: dict[str, dict[str, Any]] = {  # what their types do not say
     "picture": {"description": "the id of a picture"}, "date_of_birth": {"format": "date"},
     "type": {"description": f"media type or what follows its `image/`; usable if it matches `{_PICTURE_TYPE.pattern}`"},
     "image": {"contentEncoding": "base64", "description":
         "also with white space, without padding, with the letters that are safe in URLs, or as a `data:` URL"},
     "reasons": {"description": "why it is not ready", "items": {"type": "string"}}}
 _PATH = {"in": "path", "required": True, "schema": {"type": "string", "pattern": r"^[^\x00-\x1f\x7f]+$"}}
-_PARAMETERS: dict[str, _JSON] = {
+_PARAMETERS: dict[str, dict[str, Any]] = {
     "id": _PATH | {"description": f"up to {MAX_KEY_BYTES} bytes, collection and colon included", "example": "1"},
     "nickname": _PATH | {"description": "matched exactly", "example": "doc"},
     "username": _PATH | {"description": "matched exactly", "example": "twalker1"},
@@ -2311,7 +2278,7 @@ _PARAMETERS: dict[str, _JSON] = {
     # no example: Swagger UI would send it with every request that it tries out
     "If-Match": {"in": "header", "description": "the ETag that it must have, or *", "schema": {"type": "string"}},
     "If-None-Match": {"in": "header", "description": "the ETag that the caller has", "schema": {"type": "string"}}}
-_FIELDS: dict[str, _JSON] = {  # of answers
+_FIELDS: dict[str, dict[str, str]] = {  # of answers
     "ETag": {"example": '"18a5c91f20b30000"', "description": "changes whenever the document does"},
     "Link": {"example": '</api/v1/nickname/doc?limit=2&offset=2>; rel="next"', "description": "the next page, if any"},
     "X-Couchbase-Replica": {"example": "true", "description": "from a replica, which may lag; missing otherwise"},
@@ -2325,7 +2292,7 @@ _BY_ID = "id If-Match If-None-Match ETag X-Couchbase-Replica 304 401 404 412 504
 _BY_NAME = "limit offset Link 401 404 504"
 # Tag, operation, path, summary; names of parameters, of the 200's header fields and of other answers; the 200's body:
 # a list with this schema, or its content as OpenAPI says it.
-_ROUTES: tuple[tuple[str, str, str, str, str, str | _JSON], ...] = (
+_ROUTES: tuple[tuple[str, str, str, str, str, Any], ...] = (
     ("profiles", "profile_by_id", "/api/v1/id/{id}", "The profile with this id", _BY_ID, "Profile"),
     ("profiles", "profiles_by_nickname", "/api/v1/nickname/{nickname}",
      "The profiles with this nickname, ordered by document id", f"nickname {_BY_NAME}", "Profile"),
@@ -2347,7 +2314,7 @@ _SCRIPT = 'window.SwaggerUIBundle?.({url: "/openapi.json", dom_id: "#docs", vali
 # fmt: on
 
 
-def _refs(kind: str, known: Iterable[str], names: str) -> dict[str, _JSON]:
+def _refs(kind: str, known: Iterable[str], names: str) -> dict[str, Any]:
     return {name: {"$ref": f"#/components/{kind}/{name}"} for name in known if name in names.split()}
 
 
@@ -2355,12 +2322,12 @@ def _refs(kind: str, known: Iterable[str], names: str) -> dict[str, _JSON]:
 def openapi() -> bytes:
     """Return the OpenAPI document as JSON; made once, as it stays the same."""
     types = {bool: "boolean", int: "integer", str: "string", list: "array"}
-    components: dict[str, _JSON] = {"schemas": {}, "responses": {}, "securitySchemes": _SECURITY}
+    components: dict[str, Any] = {"schemas": {}, "responses": {}, "securitySchemes": _SECURITY}
     components["parameters"] = {name: {"name": name} | described for name, described in _PARAMETERS.items()}
     components["headers"] = {name: {"schema": {"type": "string"}} | described for name, described in _FIELDS.items()}
     for name, example in _EXAMPLES.items():
         parts = {key: {"type": types[type(value)]} | _MEMBERS.get(key, {}) for key, value in example.items()}
-        required = [key for key in example if key in _ALWAYS]
+        required = [key for key in ("record_id", "title", "status", "detail", "request_id") if key in example]
         components["schemas"][name] = {"type": "object", "required": required, "properties": parts}
     for status in STATUSES[2:]:  # all but 200 and 204
         phrase, fields = HTTPStatus(status).phrase, _refs("headers", _FIELDS, _ANSWER_FIELDS.get(status, ""))
@@ -2376,7 +2343,7 @@ def openapi() -> bytes:
             schema["items"] = {"$ref": f"#/components/schemas/{content}"}
             body = {JSON_TYPE: {"schema": schema, "example": [_EXAMPLES[content]]}}
         answer = {"description": summary, "headers": _refs("headers", _FIELDS, names), "content": body}
-        operation: _JSON = {"operationId": name, "tags": [tag], "summary": summary}
+        operation: dict[str, Any] = {"operationId": name, "tags": [tag], "summary": summary}
         operation["security"] = [] if tag == "operation" else [{"bearer": []}, {"token": []}]
         operation["parameters"] = list(_refs("parameters", _PARAMETERS, names).values())
         operation["responses"] = {"200": answer} | _refs("responses", components["responses"], f"{names} {_ANY_ROUTE}")

@@ -513,7 +513,7 @@ async def test_what_is_slow_is_refused_in_time_wherever_it_waits(bench: Bench) -
     waiting = bench.loader.waiting[service.USERS, False]
     late = [*waiting][10:20]
     for key in late:
-        waiting[key][0].handler.started -= SECONDS
+        waiting[key][0].started -= SECONDS
     for _ in range(5):
         await asyncio.sleep(0)
     assert [client.result()[0] for client in slow if client.done()] == [503] * len(late)
