@@ -624,6 +624,7 @@ class ProfileServer(ThreadingHTTPServer):
     async def _serve(self, poll_interval: float) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report)
+        self.store.loader.start()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self.shutdown)
         admit = functools.partial(TlsConnection if self.tls else Connection, self)
@@ -636,6 +637,9 @@ class ProfileServer(ThreadingHTTPServer):
         while not self._stopping.is_set():
             self.service_actions()
             self.store.loader.singles.shrink()
+            with contextlib.suppress(OSError, KeyError):  # the system does not let it move
+                if self.processor and self.processor.keep():
+                    self.log.event("debug", "moved to another processor", processor=self.processor.pinned)
             try:
                 self.renew_certificate()
             except SettingsError as error:
@@ -685,9 +689,6 @@ class ProfileServer(ThreadingHTTPServer):
                 connection.unsent, connection.deadline = unsent, now + connection.write_seconds
         for connection in [each for each in self.connections if each.deadline <= now]:
             connection.expire()
-        with contextlib.suppress(OSError, KeyError):  # the system does not let it move
-            if self.processor and self.processor.keep():
-                self.log.event("debug", "moved to another processor", processor=self.processor.pinned)
 
     def _report(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log what goes wrong in the event loop, above all: no descriptor is left for a client."""
@@ -1330,23 +1331,23 @@ class Pool:
         else:
             jobs = queue.SimpleQueue()
             try:  # not a `threading.Thread`: to start one waits until it runs, and the event loop has no time for that
-                _thread.start_new_thread(self._work, (jobs, asyncio.get_running_loop()))
+                _thread.start_new_thread(self._work, (jobs,))
             except RuntimeError as error:
                 self._log.seldom("error", "no thread can be started", error=describe(error))
                 return job.finish(ProblemError(503, "overloaded: no thread can be started", rejected="overloaded"))
         self.free -= 1
         return jobs.put(job)
 
-    def _work(self, jobs: Jobs, loop: asyncio.AbstractEventLoop) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            while job := jobs.get():
-                try:
-                    outcome: Any = job.call()
-                except Exception as error:
-                    outcome = error
-                loop.call_soon_threadsafe(self._take_back, jobs, job, outcome)
+    def _work(self, jobs: Jobs) -> None:
+        while job := jobs.get():
+            try:
+                outcome: Any = job.call()
+            except Exception as error:
+                outcome = error
+            job.loader.hand_back(self, jobs, job, outcome)
 
-    def _take_back(self, jobs: Jobs, job: Batch | Query, outcome: Any) -> None:
+    def take_back(self, jobs: Jobs, job: Batch | Query, outcome: Any) -> None:
+        """Take what came of a job, and its thread for the next one."""
         if job.given_up:  # another thread has taken this one's place
             return jobs.put(None)
         self.free += 1
@@ -1444,6 +1445,23 @@ class Loader:
         self.waiting_queries, self.running = deque[Query](), set[Query]()
         self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)  # apart: a bulkhead
         self.singles = Pool(self.single_threads, log)  # while degraded, for one document each
+        self._ended = deque[tuple[Pool, Jobs, Batch | Query, Any]]()  # handed back
+
+    def start(self) -> None:
+        """Take back jobs from now on, in the event loop that is running."""
+        receiver, self._sender = os.pipe()  # a byte a job: that takes half of what `call_soon_threadsafe` does
+        asyncio.get_running_loop().add_reader(receiver, self._take_back, receiver)
+
+    def hand_back(self, *ended: Any) -> None:
+        """Hand over to the event loop what came of a job: called by its thread."""
+        self._ended.append(ended)
+        os.write(self._sender, b"\0")
+
+    def _take_back(self, receiver: int) -> None:
+        while self._ended:
+            os.read(receiver, 1)
+            pool, *ended = self._ended.popleft()
+            pool.take_back(*ended)
 
     def load(self, handler: ProfileHandler, wanted: Wanted) -> None:
         """Have fetched what a handler waits for."""

@@ -187,6 +187,7 @@ def in_the_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...,
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(end_of_turn)) as runner:
             bench.loop = runner.get_loop()
             bench.loop.set_exception_handler(lambda _loop, context: failures.append(context))
+            bench.loop.call_soon(bench.loader.start)
             runner.run(test(bench, **fixtures))
         assert failures == [] and bench.asked.empty()
 
