@@ -1490,7 +1490,8 @@ class Loader:
 
     def _fetch(self, pool: Pool, source: Source, keys: Collection[str], now: float) -> bool:
         """Have a collection's documents fetched, of large ones what the bound allows; tell whether any is."""
-        waiting, size, taken = self.waiting[source], self.sizes[source[0]], Waiting()
+        waiting, size = self.waiting[source], self.sizes[source[0]]
+        taken: Waiting = {}
         if size * self.batch_size * self.threads <= self.most_bytes:
             every = len(keys) == len(waiting)
             taken = self.waiting.pop(source) if every else {key: waiting.pop(key) for key in keys}
