@@ -624,7 +624,6 @@ class ProfileServer(ThreadingHTTPServer):
     async def _serve(self, poll_interval: float) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._report)
-        self.store.loader.start()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self.shutdown)
         admit = functools.partial(TlsConnection if self.tls else Connection, self)
@@ -891,8 +890,6 @@ def announces_body(head: Head) -> bool:
 class Framer:
     """Cuts a client's bytes into whole request heads. What follows a malformed head, or one with a body, is dropped."""
 
-    __slots__ = ("_parsed", "_rest", "_scanned", "inbox", "partial", "refused", "refused_head")
-
     def __init__(self) -> None:
         self.inbox, self.refused = bytearray(), False  # what is not returned yet; whether nothing more is taken
         self.refused_head = False  # whether what was refused is a HEAD, as far as it can be told
@@ -966,6 +963,16 @@ class EndOfTurn(selectors.DefaultSelector):
     def __init__(self, server: ProfileServer) -> None:
         super().__init__()
         self._server, self._until = server, 0.0  # when what waits is fetched whatever comes; monotonic seconds
+        self._receiver, server.store.loader.sender = os.pipe()
+        self._handed_back = self.register(self._receiver, selectors.EVENT_READ), selectors.EVENT_READ
+
+    def _events(self, timeout: float | None) -> Any:
+        """Return asyncio's next events; what threads have handed back is taken at once, not in a turn of its own."""
+        events = super().select(timeout)
+        if self._handed_back in events:
+            events.remove(self._handed_back)
+            self._server.store.loader.take_back(self._receiver)
+        return events
 
     def select(self, timeout: float | None = None) -> Any:
         """Return the next events."""
@@ -974,7 +981,7 @@ class EndOfTurn(selectors.DefaultSelector):
         if server.clients > 1 and (loader.waiting or loader.waiting_queries):
             # the larger a batch, the cheaper a key: whoever has come meanwhile is read first
             self._until = self._until or time.monotonic() + self.gather_seconds
-            if time.monotonic() < self._until and (events := super().select(0)):
+            if time.monotonic() < self._until and (events := self._events(0)):
                 return events
             self._until = 0.0
         if loader.waiting or loader.waiting_queries or loader.running:
@@ -991,14 +998,12 @@ class EndOfTurn(selectors.DefaultSelector):
                 server.log.requests(handlers)
             for handler in handlers if server.tracer else ():
                 record_spans(server.tracer, handler)
-        return super().select(timeout)
+        return self._events(timeout)
 
 
 class Connection(asyncio.Protocol):
     """A client: bytes in, one request at a time, bytes out."""
 
-    __slots__ = ("address", "client_cert", "deadline", "end_at", "ended", "framer", "handler", "internal", "last",
-                 "server", "state", "transport", "unsent")  # fmt: skip
     READING, EXCESS, ANSWERING, WRITING, LINGERING, CLOSED = range(6)
     head_seconds, write_seconds, linger_seconds = 10.0, 30.0, 2.0
     receive_bytes = 16_384  # at a time
@@ -1218,9 +1223,8 @@ def server_context(settings: Settings) -> tuple[ssl.SSLContext, float]:
         context.set_alpn_protocols(["http/1.1"])
         context.load_cert_chain(cert, settings.tls_key, "")  # else it would ask the terminal for a passphrase
         # a client that trusts this certificate finds out whether it is valid, and until when
-        client, to_server, to_client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.MemoryBIO(), ssl.MemoryBIO()
-        client.check_hostname, client.verify_flags = False, client.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN
-        client.load_verify_locations(cert)
+        client, to_server, to_client = ssl.create_default_context(cafile=cert), ssl.MemoryBIO(), ssl.MemoryBIO()
+        client.check_hostname, client.verify_flags = False, ssl.VERIFY_X509_PARTIAL_CHAIN
         seen = client.wrap_bio(to_client, to_server)
         for side in [seen, context.wrap_bio(to_server, to_client, server_side=True)] * 2:
             with contextlib.suppress(ssl.SSLWantReadError):
@@ -1322,12 +1326,12 @@ class Pool:
 
     def __init__(self, most: int, log: Log) -> None:
         self.free, self._log = most, log  # free: for so many jobs, now
-        self._idle: list[Jobs] = []  # threads, the last to go idle last
+        self.idle: list[Jobs] = []  # threads, the last to go idle last
 
     def run(self, job: Batch | Query) -> None:
         """Have a job done; it is refused if the system starts no thread for it."""
-        if self._idle:
-            jobs = self._idle.pop()  # the last one, as its caches are warm
+        if self.idle:
+            jobs = self.idle.pop()  # the last one, as its caches are warm
         else:
             jobs = queue.SimpleQueue()
             try:  # not a `threading.Thread`: to start one waits until it runs, and the event loop has no time for that
@@ -1346,18 +1350,10 @@ class Pool:
                 outcome = error
             job.loader.hand_back(self, jobs, job, outcome)
 
-    def take_back(self, jobs: Jobs, job: Batch | Query, outcome: Any) -> None:
-        """Take what came of a job, and its thread for the next one."""
-        if job.given_up:  # another thread has taken this one's place
-            return jobs.put(None)
-        self.free += 1
-        self._idle.append(jobs)
-        return job.finish(outcome)
-
     def shrink(self) -> None:
         """End every other idle thread."""
-        for jobs in self._idle[::2]:
-            self._idle.remove(jobs)
+        for jobs in self.idle[::2]:
+            self.idle.remove(jobs)
             jobs.put(None)
 
 
@@ -1445,23 +1441,27 @@ class Loader:
         self.waiting_queries, self.running = deque[Query](), set[Query]()
         self._queries, self._batches = Pool(query_threads, log), Pool(self.threads, log)  # apart: a bulkhead
         self.singles = Pool(self.single_threads, log)  # while degraded, for one document each
-        self._ended = deque[tuple[Pool, Jobs, Batch | Query, Any]]()  # handed back
-
-    def start(self) -> None:
-        """Take back jobs from now on, in the event loop that is running."""
-        receiver, self._sender = os.pipe()  # a byte a job: that takes half of what `call_soon_threadsafe` does
-        asyncio.get_running_loop().add_reader(receiver, self._take_back, receiver)
+        self._ended, self.sender = deque[tuple[Pool, Jobs, Batch | Query, Any]](), -1  # handed back; wakes the loop
 
     def hand_back(self, *ended: Any) -> None:
         """Hand over to the event loop what came of a job: called by its thread."""
         self._ended.append(ended)
-        os.write(self._sender, b"\0")
+        os.write(self.sender, b"\0")  # a byte a job: that takes half of what `call_soon_threadsafe` does
 
-    def _take_back(self, receiver: int) -> None:
+    def take_back(self, receiver: int) -> None:
+        """Take what came of jobs, and their threads for the next ones."""
         while self._ended:
             os.read(receiver, 1)
-            pool, *ended = self._ended.popleft()
-            pool.take_back(*ended)
+            pool, jobs, job, outcome = self._ended.popleft()
+            if job.given_up:  # another thread has taken this one's place
+                jobs.put(None)
+                continue
+            pool.free += 1
+            pool.idle.append(jobs)
+            try:
+                job.finish(outcome)
+            except Exception as error:
+                self._log.event("error", "event loop failure", error=describe(error))
 
     def load(self, handler: ProfileHandler, wanted: Wanted) -> None:
         """Have fetched what a handler waits for."""

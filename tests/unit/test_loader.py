@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, NamedTuple
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 from couchbase import exceptions as cb
@@ -187,7 +187,6 @@ def in_the_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...,
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(end_of_turn)) as runner:
             bench.loop = runner.get_loop()
             bench.loop.set_exception_handler(lambda _loop, context: failures.append(context))
-            bench.loop.call_soon(bench.loader.start)
             runner.run(test(bench, **fixtures))
         assert failures == [] and bench.asked.empty()
 
@@ -241,6 +240,21 @@ async def test_a_mistake_of_ours_is_answered_too(bench: Bench) -> None:
     for call in await bench.calls(2):
         call.outcome.set_exception(RuntimeError("a mistake"))
     assert await statuses(*clients) == [500, 500, 500]
+
+
+@in_the_loop
+async def test_a_mistake_with_one_job_ends_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told, and the loop goes on."""
+    told: asyncio.Queue[str] = asyncio.Queue()
+    monkeypatch.setattr(bench.server.log, "event", lambda _level, message, **_details: told.put_nowait(message))
+    monkeypatch.setattr(bench.store, "judge", Mock(wraps=bench.store.judge, side_effect=[KeyError(), DEFAULT]))
+    for number in (1, 2):
+        clients = bench.profiles(number)
+        [call] = await bench.calls(1)
+        call.answer()
+        if number == 1:
+            assert await within(told.get()) == "event loop failure"
+    assert await replies(clients) == found(2)
 
 
 @in_the_loop
