@@ -31,6 +31,7 @@ TOKEN = "soak"
 TIMEOUT_SECONDS, QUERY_TIMEOUT_SECONDS = 0.8, 1.2
 GRACE_SECONDS = 0.2  # 0.1 s of the service's own, and as much for the emulator and the client
 LOCAL_SECONDS = 0.5  # for what the service knows by itself: refusals, probes
+PATIENCE_SECONDS = 0.25  # for which a query waits for a thread: where the machine is late by more it may be refused
 RECOVERY_SECONDS = 5.0  # after a fault, until everything is as if it had not been
 CALM_SECONDS = 2.0  # at most between two faults; now and then, the recovery besides
 REPORT_SECONDS = 5.0
@@ -304,7 +305,7 @@ class Soak:
         client = self._idle.pop() if self._idle else Client(port)
         record = await client.get(question.path, question.token)
         self._idle.append(client)
-        if record.seconds > question.expected.deadline_seconds + GRACE_SECONDS:
+        if record.status == 503 or record.seconds > question.expected.deadline_seconds + GRACE_SECONDS:
             await asyncio.sleep(0.1)  # until it is known how late the machine was
         self._judge(question, record)
 
@@ -318,13 +319,14 @@ class Soak:
             results.worst_seconds, results.worst_path = record.seconds, record.path
         lag = self._lag.worst_between(record.started, ended)  # what the machine was late by is not the service's fault
         disturbed = question.service is not None and self._weather.disturbs(question.service, record.started, ended)
+        refused = question.service == "query" and record.status == 503 and lag > PATIENCE_SECONDS
         where = f"{question.kind} {record.path} at {record.started:.1f} ({record.seconds * 1000:.0f} ms): "
         if self._weather.current:
             where += f"[{self._weather.current.kind}] "
         if record.status == expected.status:
             if not is_so(expected.is_right, record.body):
                 results.blame(where + f"{record.status} with a wrong body: {record.body[:100]!r}")
-        elif record.status in {503, 504} and disturbed:
+        elif refused or (record.status in {503, 504} and disturbed):
             if not is_so(is_problem(record.status), record.body):
                 results.blame(where + f"{record.status} without a problem document: {record.body[:100]!r}")
             if (record.status == 503) != ("retry-after" in record.headers):
