@@ -1450,8 +1450,8 @@ class Loader:
 
     def take_back(self, receiver: int) -> None:
         """Take what came of jobs, and their threads for the next ones."""
+        os.read(receiver, 4096)  # it does not block, and a byte may come after its job
         while self._ended:
-            os.read(receiver, 1)
             pool, jobs, job, outcome = self._ended.popleft()
             if job.given_up:  # another thread has taken this one's place
                 jobs.put(None)
