@@ -1310,10 +1310,10 @@ def client_behind(trusted: Sequence[Network], peer: str, headers: Mapping[str, s
 
 
 # ── The data loader and the pools ─────────────────────────────────────────────────────────────────────────────────────
-# The store yields a `Query`, or a document's source and key, and `ProfileHandler.resume` gives it to the `Loader`. At
-# the end of each turn of the event loop that makes one `Batch` of the documents that wait (hence a data loader), and
-# gives batches and queries to the threads of their pools. A thread does a job's `call`; back in the loop `finish` takes
-# what came of it, and resumes the handlers.
+# The store yields a `Query`, or a document's source and key, and `ProfileHandler.resume` gives it to the `Loader`,
+# which at the end of each turn of the event loop makes one `Batch` of the documents that wait (hence a data loader),
+# and gives batches and queries to the threads of their pools. A thread does a job's `call` and hands back what came of
+# it; in the loop `finish` takes it, and resumes the handlers.
 
 Source: TypeAlias = tuple[str, bool]  # the collection, and whether replicas are asked
 Wanted: TypeAlias = "tuple[Source, str] | Query"  # a document by its source and key, or rows
@@ -1561,7 +1561,6 @@ class Loader:
 class _AsBytes(RawJSONTranscoder):  # type: ignore[misc]  # the SDK's class is untyped
     """Passes documents and query rows through as the bytes they are: those count, not what a document's flags say."""
 
-    serialize = deserialize = bytes  # the former is not used
     decode_value = staticmethod(lambda value, _flags: value)
     serialize = deserialize = bytes  # of rows; the SDK serializes nothing by it
 

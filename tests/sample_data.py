@@ -570,7 +570,7 @@ def _reported(batches: Iterator[range], total: int) -> Iterator[range]:
             yield batch
             done += len(batch)
             bar.update(len(batch))
-            if not terminal and done < total and time.monotonic() - said >= REPORT_SECONDS:  # of the end another tells
+            if not terminal and done < total and time.monotonic() - said >= REPORT_SECONDS:  # the end has its own
                 said = time.monotonic()
                 print(f"sample_data: {done:,} of {total:,} profiles", file=sys.stderr, flush=True)
 

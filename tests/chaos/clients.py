@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import glob
+import itertools
 import os
 import threading
 import time
@@ -240,12 +242,18 @@ def waited_for_processors() -> dict[str, float]:
     Linux tells it in `/proc/PID/task/TID/schedstat`, as the second number, in ns.
     """
     waited = {"": 0.0}  # not Linux
-    for children in Path("/proc/self/task").glob("*/children"):
-        for child in children.read_text().split():
-            for thread in Path(f"/proc/{child}/task").glob("*"):
-                with contextlib.suppress(OSError):  # it has ended
-                    waited[thread.name] = int((thread / "schedstat").read_text().split()[1]) / 1e9
+    children = " ".join(map(text_of, glob.glob("/proc/self/task/*/children"))).split()
+    for path in itertools.chain.from_iterable(glob.iglob(f"/proc/{child}/task/*/schedstat") for child in children):
+        if numbers := text_of(path).split():
+            waited[path] = int(numbers[1]) / 1e9
     return waited
+
+
+def text_of(path: str) -> str:
+    """Return what is in a file of Linux's /proc; empty if the thread that it tells of has ended."""
+    with contextlib.suppress(OSError):
+        return Path(path).read_text()
+    return ""
 
 
 class Answers(list[Record]):
