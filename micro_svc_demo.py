@@ -266,14 +266,14 @@ class ProfileHandler(BaseHTTPRequestHandler):
     server: ProfileServer
     headers: Mapping[str, str]  # type: ignore[assignment]  # the base has others
     query = route = ""
+    response, status, seconds, queue_seconds = b"", 0, 0.0, 0.0
+    operation: Operation | None = None  # the last one of Couchbase that was awaited
     cut_off = ""  # for the log, of an answer of which `response` has only what was sent
 
     def __init__(self, request: Head | ProblemError, connection: Connection, server: ProfileServer) -> None:
         """Take a request head, or why the bytes received are not one; the base class would read from a socket."""
         self.connection, self.server = connection, server
         self.client, self.started = connection.address, time.monotonic()
-        self.response, self.status, self.seconds, self.queue_seconds = b"", 0, 0.0, 0.0
-        self.operation: Operation | None = None  # the last one of Couchbase that was awaited
         head = Head("", "", "HTTP/1.1", {}) if isinstance(request, ProblemError) else request
         self.command, self.path, self.request_version, self.headers = head
         self.close_connection = self.request_version == "HTTP/1.0"
@@ -548,25 +548,25 @@ class ProfileStore:
         self.health.query_breaker.admit(time.monotonic())
         return (yield Query(self.loader, statement, parameters))
 
-    def judge(self, fetched: Fetched) -> Mapping[str, Document | ProblemError]:
-        """Judge what an operation on documents has brought: for Couchbase's health, and for each caller by key."""
-        done, documents, errors = fetched
+    def judge(self, fetched: Fetched) -> None:
+        """Judge by what an operation on documents has brought whether Couchbase is well."""
+        health, (done, documents, errors) = self.health, fetched
         self.metrics.finished.append(done)
-        health, replica = self.health, done.name == "get_any_replica"
-        outages = [key for key, error in errors.items() if failure_of(error).outage] if errors else []
+        outages = [key for key, error in errors.items() if failure_of(error).outage]
         if documents or len(outages) < len(errors):
-            breaker = health.replica_breaker if replica else health.breaker
+            breaker = health.replica_breaker if done.name == "get_any_replica" else health.breaker
             breaker.fetched_at = done.started + done.seconds
             health.answered_at = max(health.answered_at, health.breaker.fetched_at)
             if breaker.failures:
                 breaker.succeeded(done.started)
-        if not errors:
-            return documents
         for key in outages:
             health.failed(key, done)
-        if replica:  # also for what is not there: the node that would know is down
-            return documents | dict.fromkeys(errors, ProblemError(503, _OUT_OF_REACH))
-        return documents | {key: self.problem(error, "get") for key, error in errors.items()}
+
+    def problems(self, done: Operation, errors: Mapping[str, Exception]) -> dict[str, ProblemError]:
+        """Say by key what the failures of an operation on documents mean to callers."""
+        if done.name == "get_any_replica":  # also for what is not there: the node that would know is down
+            return dict.fromkeys(errors, ProblemError(503, _OUT_OF_REACH))
+        return {key: self.problem(error, "get") for key, error in errors.items()}
 
     def problem(self, error: Exception, operation: str) -> ProblemError:
         """Say what a failure of the SDK means to the caller, and tell the operator what to do about it."""
@@ -1403,22 +1403,22 @@ class Batch:
 
     def finish(self, outcome: Any) -> None:
         """Answer whoever waits; all answers are made before the first is sent: that wakes receivers up less often."""
-        loader, answered, operation = self.loader, [], None
-        found: Mapping[str, Document | ProblemError] = {}
-        if isinstance(outcome, tuple):
-            operation, documents, _ = outcome
-            found = loader.store.judge(outcome)
-            if documents:
-                size = len(next(iter(documents.values())).value)
-                loader.sizes[operation.target] += (size - loader.sizes[operation.target]) // 4
+        loader, answered = self.loader, []
+        done, documents, errors = outcome if isinstance(outcome, tuple) else (None, {}, {})
+        found = documents | loader.store.problems(done, errors) if errors else documents
         loader.fetching_bytes -= self._bytes
         for key, handlers in self.waiting.items():
             for handler in handlers:
-                handler.operation, handler.queue_seconds = operation, self._started - handler.started
+                handler.operation, handler.queue_seconds = done, self._started - handler.started
                 if handler.resume(found.get(key, outcome)):
                     answered.append(handler)
         for handler in answered:
             handler.connection.reply(handler)
+        if done:  # now, as nobody waits for what follows
+            loader.store.judge(outcome)
+        if documents:
+            size = len(next(iter(documents.values())).value)
+            loader.sizes[done.target] += (size - loader.sizes[done.target]) // 4
 
 
 class Loader:
@@ -1582,7 +1582,7 @@ class Database:
         name = "get_any_replica" if replica else "get" if len(keys) == 1 else "get_multi"
         many, seconds = name == "get_multi", self.probe_seconds if replica else seconds
         options = {"timeout": timedelta(seconds=seconds)} if seconds else {}
-        documents: dict[str, Document] = {}
+        documents, outcome = dict[str, Document](), "ok"
         started, ask = time.monotonic(), getattr(self._collections[collection], name)
         try:
             answer = ask(keys if many else keys[0], **options)
@@ -1599,8 +1599,9 @@ class Database:
                 documents[key] = tuple.__new__(Document, (value, result.cas, replica and result.is_replica))
             except (ValueError, RecursionError):
                 errors[key] = cb.ValueFormatException("no JSON object")
-        outcomes = {row.outcome for row in set(map(failure_of, errors.values()))} if errors else {"ok"}
-        outcome = min(outcomes - {"not_found"} if many else outcomes, default="ok")  # many: a part may well be missing
+        if errors:
+            outcomes = {row.outcome for row in set(map(failure_of, errors.values()))}
+            outcome = min(outcomes - {"not_found"} if many else outcomes, default="ok")  # a part may well be missing
         return Operation(name, collection, started, time.monotonic() - started, outcome, len(keys)), documents, errors
 
     def run_query(self, statement: str, parameters: dict[str, object], seconds: float, *, adhoc: bool) -> list[bytes]:

@@ -345,10 +345,11 @@ def test_an_exception_whose_text_raises_is_answered_by_the_store(store: service.
     store.database._collections, store.database._scope = {service.USERS: Failing()}, Failing()
 
     async def judge(*keys: str) -> list[int]:
-        operation, *_ = fetched = store.database.fetch(service.USERS, list(keys))
-        found = store.judge(fetched)
+        operation, _, errors = fetched = store.database.fetch(service.USERS, list(keys))
+        store.judge(fetched)
+        found = store.problems(operation, errors)
         assert (operation.outcome, operation.size, found.keys()) == ("timeout", len(keys), set(keys))
-        return [problem.status for problem in found.values() if isinstance(problem, service.ProblemError)]
+        return [problem.status for problem in found.values()]
 
     assert asyncio.run(judge("user_data:1")) == [504]
     assert asyncio.run(judge("user_data:1", "user_data:2")) == [504, 504]
