@@ -1532,13 +1532,13 @@ class Loader:
         if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
             self.store.health.degrade(1.0)
         degraded, slow = self.store.health.degraded, self.store.health.slow
-        for source in () if degraded else [*self.waiting] * self._batches.free:  # in turn
-            if self._batches.free and source in self.waiting:
-                keys, self._dispatched_at = self.waiting[source], now
-                most = 1 if source[1] else self.batch_size
-                few = keys if len(keys) <= most else [*itertools.islice(keys, most)]
-                if self._fetch(self._batches, source, few, now) and source in self.waiting:
-                    self.waiting[source] = self.waiting.pop(source)  # it comes behind the others
+        turns = [] if degraded else [*self.waiting]
+        while turns and self._batches.free:
+            source, self._dispatched_at = turns.pop(0), now
+            few = [*itertools.islice(self.waiting[source], 1 if source[1] else self.batch_size)]
+            if self._fetch(self._batches, source, few, now) and source in self.waiting:
+                self.waiting[source] = self.waiting.pop(source)  # it comes behind the others
+                turns.append(source)
         if degraded and slow is not None:
             for source, keys in [*self.waiting.items()]:
                 for key in [*itertools.islice(keys, self.single_threads)]:
