@@ -971,7 +971,9 @@ class EndOfTurn(selectors.DefaultSelector):
         events = super().select(timeout)
         if self._handed_back in events:
             events.remove(self._handed_back)
-            self._server.store.loader.take_back(self._receiver)
+            self._server.store.loader.take_back()  # before the byte is read: answers go out sooner
+            os.read(self._receiver, 4096)  # it does not block
+            self._server.store.loader.take_back()  # those whose byte this has been
         return events
 
     def select(self, timeout: float | None = None) -> Any:
@@ -1448,9 +1450,8 @@ class Loader:
         self._ended.append(ended)
         os.write(self.sender, b"\0")  # a byte a job: that takes half of what `call_soon_threadsafe` does
 
-    def take_back(self, receiver: int) -> None:
+    def take_back(self) -> None:
         """Take what came of jobs, and their threads for the next ones."""
-        os.read(receiver, 4096)  # it does not block, and a byte may come after its job
         while self._ended:
             pool, jobs, job, outcome = self._ended.popleft()
             if job.given_up:  # another thread has taken this one's place
@@ -1531,9 +1532,8 @@ class Loader:
                 self._refuse(source, [key for key, handlers in keys.items() if handlers[0].started < latest], now)
         if self.waiting and not self._batches.free and now - self._dispatched_at > self.stall_seconds:
             self.store.health.degrade(1.0)
-        degraded, slow = self.store.health.degraded, self.store.health.slow
-        turns = [] if degraded else [*self.waiting]
-        while turns and self._batches.free:
+        degraded, slow, turns = self.store.health.degraded, self.store.health.slow, [*self.waiting]
+        while turns and self._batches.free and not degraded:
             source, self._dispatched_at = turns.pop(0), now
             few = [*itertools.islice(self.waiting[source], 1 if source[1] else self.batch_size)]
             if self._fetch(self._batches, source, few, now) and source in self.waiting:
