@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -73,15 +73,19 @@ class Run:
     _rejected: set[str] = field(default_factory=set)
     _differs: set[str] = field(default_factory=set)
 
-    def lives(self, lives: Lives, backend: Backend, repeat: int = 1) -> list[dict[str, Any]]:
+    def lives(
+        self, lives: Lives, backend: Backend, repeat: int = 1, alone: Sequence[dict[str, Any]] = ()
+    ) -> list[dict[str, Any]]:
         """Measure every scenario of every setup, `repeat` times in turns; return one row for each.
 
+        The SDK alone takes part in the turns, as the machine drifts: its rows are `alone`.
         A service that does not start, or (another commit aside) answers otherwise than ours, is an error: not measured.
         """
         rows: dict[tuple[Setup, str], dict[str, Any]] = {}
         with self._service(Setup(OURS, False), backend) as service:
             reference = bench_check.answers(service.ports[0], backend)
         for number in range(repeat):
+            self._sdk(alone, backend)
             for setup, scenarios in lives:
                 if setup.service in self._rejected:
                     continue
@@ -126,22 +130,15 @@ class Run:
             self._progress(f"{setup}, {scenario.name}", figures)
             yield scenario, figures
 
-    def sdk(self, backend: Backend, repeat: int) -> list[dict[str, Any]]:
-        """Measure the SDK alone."""
-        rows: list[dict[str, Any]] = [
-            {"loop": name, "threads": threads, "batch": batch, "one_processor": kept, "rounds": []}
-            for name, (threads, batch, kept) in SDK_LOOPS.items()
-        ]
-        for _ in range(repeat):
-            for row in rows:
-                try:
-                    figures = self._sdk_loop(row, backend)
-                except RunError as error:
-                    self._fail(str(error))
-                    continue
-                row["rounds"].append(rounded(figures))
-                self._progress(f"SDK alone, {row['loop']}", figures)
-        return rows
+    def _sdk(self, rows: Sequence[dict[str, Any]], backend: Backend) -> None:
+        for row in rows:
+            try:
+                figures = self._sdk_loop(row, backend)
+            except RunError as error:
+                self._fail(str(error))
+                continue
+            row["rounds"].append(rounded(figures))
+            self._progress(f"SDK alone, {row['loop']}", figures)
 
     def _sdk_loop(self, row: dict[str, Any], backend: Backend) -> dict[str, float]:
         numbers = map(str, (row["threads"], row["batch"], self.choices.seconds, backend.documents))
@@ -202,8 +199,11 @@ def compare(run: Run) -> dict[str, Any]:
     """Run the comparison of the services."""
     choices = run.choices
     with bench_backend.cluster(dict(os.environ)) if choices.real_cluster else bench_backend.emulated() as backend:
-        alone = run.sdk(backend, choices.repeat) if choices.sdk else []
-        return {"measurements": run.lives(services_lives(choices), backend, choices.repeat), "sdk": alone}
+        alone: list[dict[str, Any]] = [
+            {"loop": name, "threads": threads, "batch": batch, "one_processor": kept, "rounds": []}
+            for name, (threads, batch, kept) in (SDK_LOOPS if choices.sdk else {}).items()
+        ]
+        return {"measurements": run.lives(services_lives(choices), backend, choices.repeat, alone), "sdk": alone}
 
 
 def grid(run: Run) -> dict[str, Any]:
