@@ -552,7 +552,7 @@ class ProfileStore:
         """Judge by what an operation on documents has brought whether Couchbase is well."""
         health, (done, documents, errors) = self.health, fetched
         self.metrics.finished.append(done)
-        outages = [key for key, error in errors.items() if failure_of(error).outage]
+        outages = [key for key, error in errors.items() if failure_of(error).outage] if errors else []
         if documents or len(outages) < len(errors):
             breaker = health.replica_breaker if done.name == "get_any_replica" else health.breaker
             breaker.fetched_at = done.started + done.seconds
