@@ -27,6 +27,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from faker import Faker
+from faker.providers.person.en_US import Provider as PersonProvider
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -128,8 +129,9 @@ def _pools(seed: int) -> _Pools:
     faker.seed_instance(seed)
     states = [faker.state_abbr(include_territories=False, include_freely_associated_states=False) for _ in range(800)]
     return _Pools(
-        first_names=tuple(faker.first_name() for _ in range(1500)),
-        last_names=tuple(faker.last_name() for _ in range(1500)),
+        # drawn at once, as every draw sums up all weights
+        first_names=tuple(faker.random_elements(PersonProvider.first_names, 1500, use_weighting=True)),
+        last_names=tuple(faker.random_elements(PersonProvider.last_names, 1500, use_weighting=True)),
         streets=tuple(faker.street_name() for _ in range(1200)),
         places=tuple((faker.city(), state, faker.zipcode_in_state(state)) for state in states),
         shared_nicknames=tuple(random.Random(seed).sample(SHARED_NICKNAMES, len(SHARED_NICKNAMES))),
